@@ -1,0 +1,171 @@
+//! One virtual machine from a plan.
+//!
+//! A [`Backend`] starts a [`Vm`] from a [`VmPlan`]; both are traits so that the engine is chosen by
+//! name at run time. Nothing here knows what a sandbox, an image or a database is, and nothing
+//! decides: every path, size and limit is in the plan.
+//!
+//! The contract of each method says when it may be called, how often, from which thread, whether it
+//! is idempotent, what happens when its future is dropped, and what remains on the host after an
+//! error. [`contract`] holds the tests that every backend passes.
+
+use std::fmt::Debug;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+/// Everything a backend needs to know to start one machine, with nothing left to decide.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmPlan {
+    /// Name shown in process lists. Letters, digits, `-` and `_` only.
+    pub name: String,
+    /// The engine's program.
+    pub program: PathBuf,
+    /// How guest instructions run.
+    pub accel: Accel,
+    /// Virtual CPUs, 1 to [`Capabilities::cpus_max`].
+    pub cpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Uncompressed kernel (`vmlinux`, an ELF file with a PVH note).
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initrd: PathBuf,
+    /// Kernel parameters of the guest's own; the backend adds those the machine needs.
+    pub cmdline: String,
+    /// Block devices in the order the guest sees them (`/dev/vda` first).
+    pub disks: Vec<DiskPlan>,
+    /// Frequency of the host's time-stamp counter in kHz. Needed under emulation, where the
+    /// `microvm` machine has no other clock to measure it by; see `docs/decisions`.
+    pub tsc_khz: Option<u64>,
+}
+
+/// How guest instructions run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The host's hypervisor.
+    Kvm,
+    /// Translation in software; many times slower, works anywhere.
+    Emulation,
+}
+
+/// A raw disk image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPlan {
+    /// The image file.
+    pub path: PathBuf,
+    /// Whether the guest is kept from writing. A read-only image may be shared by many machines.
+    pub read_only: bool,
+}
+
+/// What a backend can do, as data, so that an impossible wish is refused while planning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// Whether [`Vm::pause`] and [`Vm::resume`] work.
+    pub pause: bool,
+    /// Most virtual CPUs.
+    pub cpus_max: u8,
+    /// Least guest memory in MiB.
+    pub memory_mib_min: u32,
+    /// Most guest memory in MiB.
+    pub memory_mib_max: u32,
+    /// Most disks.
+    pub disks_max: usize,
+}
+
+/// Starts machines of one kind.
+#[async_trait]
+pub trait Backend: Debug + Send + Sync {
+    /// The name by which the engine is chosen, for example `qemu`.
+    fn name(&self) -> &'static str;
+
+    /// What this backend can do on this host. Pure; may be called at any time.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts a machine and returns when its process runs; the guest boots on.
+    ///
+    /// May be called any number of times, from the thread that will outlive the machine: the VMM
+    /// is killed by the kernel when the *thread* that called this ends (prctl(2),
+    /// `PR_SET_PDEATHSIG`), so that no machine survives its owner. If the future is dropped, or
+    /// on error, no process and no file remains.
+    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError>;
+}
+
+/// One machine. Dropping it kills the VMM process and reaps it.
+#[async_trait]
+pub trait Vm: Debug + Send {
+    /// The VMM's process number. Valid, and not reused, until [`Vm::wait`] has returned.
+    fn pid(&self) -> u32;
+
+    /// Takes the byte stream to the guest's agent. The guest speaks first. `Some` once.
+    fn take_channel(&mut self) -> Option<UnixStream>;
+
+    /// Takes the stream of the guest's console output. `Some` once. If nobody reads it the guest's
+    /// console stalls, so whoever takes it keeps reading.
+    fn take_console(&mut self) -> Option<UnixStream>;
+
+    /// Stops the virtual CPUs; memory and devices stay. Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::Unsupported`] without the capability; [`VmErrorKind::Exited`] if it is gone.
+    async fn pause(&mut self) -> Result<(), VmError>;
+
+    /// Lets the virtual CPUs go on. Idempotent. Errors as [`Vm::pause`].
+    async fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Kills the VMM at once and reaps it. Idempotent; succeeds if it is gone already. When it
+    /// returns, the process no longer exists.
+    async fn kill(&mut self) -> Result<Exit, VmError>;
+
+    /// Waits for the VMM to end, without polling. May be called again after it returned, and its
+    /// future may be dropped without loss.
+    async fn wait(&mut self) -> Result<Exit, VmError>;
+}
+
+/// How a VMM ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, if it exited.
+    pub code: Option<i32>,
+    /// Signal that ended it, if one did.
+    pub signal: Option<i32>,
+    /// The last lines it wrote to standard error, at most 4 KiB.
+    pub stderr: String,
+}
+
+/// What kind of thing went wrong, for code that has to branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmErrorKind {
+    /// The engine's program is not there.
+    ProgramMissing,
+    /// The plan asks for something this backend cannot do.
+    Unsupported,
+    /// The VMM ended when it should run.
+    Exited,
+    /// The VMM did not answer within its time.
+    Timeout,
+    /// The host's kernel refused something.
+    Host,
+    /// The VMM said something unexpected.
+    Protocol,
+}
+
+/// What was being done with a machine, and why it failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing}")]
+pub struct VmError {
+    /// For code.
+    pub kind: VmErrorKind,
+    /// What was being done, to which machine or file; reads well after "could not".
+    pub doing: String,
+    /// Why.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// How long a VMM may take to answer a control command.
+pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
