@@ -1,1 +1,33 @@
-//! placeholder
+//! The Linux host, one effect per function.
+//!
+//! Files and locks ([`os`]), processes ([`process`]), disk images ([`disk`]), root file systems
+//! ([`image`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]) and the
+//! programs all this needs ([`packages`]).
+//!
+//! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
+//! the environment or asks the clock for the date: whatever a function needs is an argument. Every
+//! function blocks, so asynchronous callers use a blocking thread. Long ones take a
+//! [`cancel::Cancel`] and a progress callback.
+//!
+//! Writing goes through [`os::Os`], whose every effect carries a name, so that a test can fail
+//! exactly that step.
+
+pub mod cancel;
+mod command;
+pub mod disk;
+pub mod error;
+pub mod image;
+pub mod initramfs;
+pub mod kernel;
+pub mod os;
+pub mod packages;
+pub mod process;
+pub mod progress;
+mod sys;
+
+pub use cancel::Cancel;
+pub use error::{HostError, HostErrorKind};
+pub use os::{Faults, Os};
+pub use packages::Programs;
+pub use process::ProcessIdentity;
+pub use progress::{Phase, Progress};

@@ -1,0 +1,70 @@
+//! A handle by which one thread stops a long operation that another is blocked in.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::error::{HostError, HostErrorKind};
+
+/// Cancels a long operation. Clones are the same handle; cancelling is for ever.
+///
+/// It is a file descriptor (eventfd(2)) so that an operation waiting for a child process wakes at
+/// once, without polling.
+#[derive(Debug, Clone)]
+pub struct Cancel {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    cancelled: AtomicBool,
+    event: OwnedFd,
+}
+
+impl Cancel {
+    /// A handle that nobody has cancelled yet.
+    ///
+    /// # Errors
+    ///
+    /// Only if the process or the host has no file descriptors left.
+    pub fn new() -> Result<Self, HostError> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| HostError::io("create", Path::new("an eventfd"), e.into()))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                cancelled: AtomicBool::new(false),
+                event,
+            }),
+        })
+    }
+
+    /// Asks the operation to stop. It kills its children, removes what it half made and returns
+    /// [`HostErrorKind::Interrupted`]. Idempotent, from any thread, returns at once.
+    pub fn cancel(&self) {
+        self.inner.cancelled.store(true, Ordering::Release);
+        // Fails only when the counter is full, in which case the descriptor is readable anyway.
+        let _ = rustix::io::write(&self.inner.event, &1_u64.to_ne_bytes());
+    }
+
+    /// Whether [`Cancel::cancel`] was called.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.inner.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Readable once cancelled; never read from, so it stays readable.
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.inner.event.as_fd()
+    }
+
+    pub(crate) fn check(&self, doing: &'static str, thing: &str) -> Result<(), HostError> {
+        if self.is_cancelled() {
+            return Err(HostError::new(HostErrorKind::Interrupted, doing, thing)
+                .because("it was cancelled"));
+        }
+        Ok(())
+    }
+}

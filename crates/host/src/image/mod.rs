@@ -1,0 +1,6 @@
+//! Root file systems: read-only EROFS images, from a tar stream or built from packages.
+
+pub mod build;
+pub mod erofs;
+
+pub use build::{BuildRequest, Image, ImageManifest, Package, build_default_image, import_tar};
