@@ -100,6 +100,12 @@ impl HostError {
         self
     }
 
+    /// The same error as another kind.
+    pub(crate) fn with_kind(mut self, kind: HostErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// What kind of thing went wrong.
     #[must_use]
     pub fn kind(&self) -> HostErrorKind {
@@ -116,6 +122,12 @@ impl HostError {
     #[must_use]
     pub fn thing(&self) -> &str {
         &self.thing
+    }
+
+    /// The cause below this error, for a caller that takes its sentence over.
+    #[must_use]
+    pub fn into_source(self) -> Option<Box<dyn StdError + Send + Sync>> {
+        self.source
     }
 
     /// A sentence that tells the user what would help, if something is known to.

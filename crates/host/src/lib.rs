@@ -12,6 +12,7 @@
 //! Writing goes through [`os::Os`], whose every effect carries a name, so that a test can fail
 //! exactly that step.
 
+mod apt;
 pub mod cancel;
 mod command;
 pub mod disk;
@@ -23,6 +24,7 @@ pub mod os;
 pub mod packages;
 pub mod process;
 pub mod progress;
+mod staging;
 mod sys;
 
 pub use cancel::Cancel;

@@ -45,7 +45,15 @@ pub enum Durability {
 /// A held lock. Released when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl From<Lock> for std::os::fd::OwnedFd {
+    /// The open file that holds the lock. A process that inherits it holds the lock too (flock(2)),
+    /// so a lock can be handed to a child without a moment in which nobody has it.
+    fn from(lock: Lock) -> Self {
+        lock.file.into()
+    }
 }
 
 /// Makes names of temporary files differ within one process.
@@ -237,7 +245,7 @@ impl Os {
         self.effect(op, path, || {
             let file = open_lock(path)?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => Ok(Some(Lock { _file: file })),
+                Ok(()) => Ok(Some(Lock { file })),
                 Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
                 Err(e) => Err(e.into()),
             }
@@ -253,7 +261,7 @@ impl Os {
         self.effect(op, path, || {
             let file = open_lock(path)?;
             rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))?;
-            Ok(Lock { _file: file })
+            Ok(Lock { file })
         })
     }
 

@@ -1,0 +1,51 @@
+//! What only a real distribution can answer. These download tens of megabytes, so they are run by
+//! name: `cargo test -p smolvm-host --test downloads -- --ignored`.
+
+use std::path::PathBuf;
+
+use smolvm_host::kernel::{Kernel, MODULES, fetch_kernel};
+use smolvm_host::{Cancel, Os, Programs, Progress};
+
+fn check_progress(seen: &[Progress]) {
+    assert!(seen.len() >= 5, "{seen:?}");
+    assert!(seen.windows(2).all(|p| p[0].done <= p[1].done), "{seen:?}");
+    assert_eq!(seen.last().unwrap().done, Progress::TOTAL);
+}
+
+#[test]
+#[ignore = "downloads 27 MB"]
+fn the_distributions_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("kernel");
+    let mut seen = Vec::new();
+    let os = Os::new();
+    let kernel = fetch_kernel(
+        &os,
+        &Programs::new([PathBuf::from("/usr/bin")]),
+        &dest,
+        MODULES,
+        &Cancel::new().unwrap(),
+        &mut |p| seen.push(p),
+    )
+    .unwrap();
+    check_progress(&seen);
+    assert!(
+        kernel.manifest.release.ends_with("-cloud-amd64"),
+        "{kernel:?}"
+    );
+    assert!(
+        std::fs::read(kernel.vmlinux())
+            .unwrap()
+            .starts_with(b"\x7fELF")
+    );
+    let names = &kernel.manifest.modules;
+    let position = |name: &str| names.iter().position(|n| n == name).unwrap();
+    assert!(
+        position("virtio.ko") < position("virtio_blk.ko"),
+        "{names:?}"
+    );
+    for path in kernel.modules() {
+        assert!(std::fs::read(path).unwrap().starts_with(b"\x7fELF"));
+    }
+    assert_eq!(Kernel::open(&os, &dest).unwrap(), kernel);
+}
