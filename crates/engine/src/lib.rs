@@ -1,1 +1,65 @@
-//! placeholder
+//! The SmolVM library: plans, remembers and drives sandboxes.
+//!
+//! A sandbox is a small virtual machine with a name. [`Engine`] makes, starts, stops and removes
+//! them; a [`Session`] is a connection to a running one, on which commands run and files move.
+//!
+//! Each running sandbox is held by a process of its own, its keeper, so no daemon has to run, the
+//! caller may end at any time, and any process may connect by name. What exists is recorded in a
+//! SQLite database below the data directory; a sandbox's row is written before anything of it
+//! exists and removed last.
+//!
+//! The library prints nothing, reads no environment variable, and knows no exit code or HTTP
+//! status: a face reads a [`Config`] once and passes it in.
+//!
+//! ```no_run
+//! # use smolvm_engine::{Config, Engine, ExecEvent, ExecSpec, SandboxSpec};
+//! # async fn example(config: Config) -> smolvm_engine::Result<()> {
+//! let engine = Engine::new(config);
+//! let spec = SandboxSpec::new(engine.unused_name()?);
+//! engine.create(&spec)?;
+//! let (session, _) = engine.start(spec.name.as_str()).await?;
+//! let mut command = session.exec(&ExecSpec::new(vec!["uname".into(), "-r".into()])).await?;
+//! while let ExecEvent::Stdout(bytes) = command.next().await? {
+//!     assert!(!bytes.is_empty());
+//! }
+//! engine.delete(spec.name.as_str()).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod assets;
+mod client;
+mod config;
+mod doctor;
+mod engine;
+mod error;
+mod exec;
+mod facts;
+mod files;
+pub mod launch;
+pub mod layout;
+mod names;
+mod plan;
+mod session;
+mod spec;
+pub mod store;
+pub mod teardown;
+
+pub use assets::{Progress, Watcher};
+pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};
+pub use doctor::{Check, CheckStatus};
+pub use engine::{
+    ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes,
+};
+pub use error::{Error, ErrorKind, Result};
+pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
+pub use facts::Acceleration;
+pub use files::{Copied, CopyOptions, CopyProgress};
+pub use session::{FileInfo, FileKind, GuestFacts, Session};
+pub use smolvm_host::cancel::Cancel;
+pub use spec::{
+    CPUS_DEFAULT, CPUS_MAX, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DISK_MIB_MAX, DISK_MIB_MIN, DiskMode,
+    MEMORY_MIB_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_CHARS_MAX, SandboxName, SandboxSpec,
+    check_env,
+};
+pub use store::State;

@@ -74,8 +74,12 @@ impl Os {
         }
     }
 
-    /// Announces an effect that is performed elsewhere in this crate, and wraps its error.
-    pub(crate) fn effect<T>(
+    /// Performs an effect that has no method of its own, so that it carries a name as well.
+    ///
+    /// # Errors
+    ///
+    /// What `act` says, with `op` and `path` around it.
+    pub fn effect<T>(
         &self,
         op: &'static str,
         path: &Path,
@@ -125,6 +129,22 @@ impl Os {
                 .write(true)
                 .create_new(true)
                 .mode(mode)
+                .open(path)
+        })
+    }
+
+    /// Opens a log for appending; made with mode 0600 if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// Those of open(2).
+    pub fn create_log(&self, op: &'static str, path: &Path) -> Result<File, HostError> {
+        self.effect(op, path, || {
+            OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW)
                 .open(path)
         })
     }

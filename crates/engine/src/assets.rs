@@ -1,0 +1,259 @@
+//! What every sandbox needs before it can start: a kernel, an initial RAM file system, an image, an
+//! empty writable layer. Each is made once, whole or not at all, and found by where it lies.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use smolvm_host::cancel::Cancel;
+use smolvm_host::image::{BuildRequest, build_default_image};
+use smolvm_host::initramfs::{Initramfs, write_initramfs};
+use smolvm_host::kernel::{Kernel, fetch_kernel, import_kernel};
+use smolvm_host::os::Os;
+use smolvm_host::packages::Programs;
+use smolvm_host::progress::Phase;
+
+use crate::error::{Error, ErrorKind, Result, io};
+use crate::layout::Layout;
+use crate::spec::DEFAULT_IMAGE;
+use crate::store::{ImageRow, Store};
+
+/// Directory name of the distribution's kernel.
+pub(crate) const STOCK_KERNEL: &str = "stock";
+
+/// Modules of the distribution's kernel that a guest loads. Each costs boot time.
+const MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_console",
+    "erofs",
+    "overlay",
+    "ext4",
+];
+
+/// One report about long work.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// What is being made.
+    pub task: String,
+    /// What is being done for it at the moment.
+    pub phase: String,
+    /// How much of the task is done, from 0 to 1, if known.
+    pub fraction: Option<f64>,
+}
+
+/// Told about long work.
+pub trait Watcher {
+    /// Called for each report, on the thread that does the work.
+    fn progress(&mut self, progress: &Progress);
+}
+
+impl<F: FnMut(&Progress)> Watcher for F {
+    fn progress(&mut self, progress: &Progress) {
+        self(progress);
+    }
+}
+
+/// Makes and finds assets.
+#[derive(Debug)]
+pub(crate) struct Assets<'a> {
+    pub(crate) os: &'a Os,
+    pub(crate) layout: &'a Layout,
+    pub(crate) programs: &'a Programs,
+}
+
+impl Assets<'_> {
+    /// The kernel of this key, if it is there.
+    pub(crate) fn kernel(&self, key: &str) -> Result<Option<Kernel>> {
+        let dir = self.layout.kernels().join(key);
+        if !dir.join("kernel.json").exists() {
+            return Ok(None);
+        }
+        Ok(Some(Kernel::open(self.os, &dir)?))
+    }
+
+    /// Downloads the distribution's kernel if it is not there.
+    pub(crate) fn make_kernel(&self, watcher: &mut dyn Watcher, cancel: &Cancel) -> Result<()> {
+        let _turn = self.turn("kernel", watcher)?;
+        if self.kernel(STOCK_KERNEL)?.is_some() {
+            return Ok(());
+        }
+        fetch_kernel(
+            self.os,
+            self.programs,
+            &self.layout.kernels().join(STOCK_KERNEL),
+            MODULES,
+            cancel,
+            &mut |progress| report(watcher, "kernel", progress),
+        )?;
+        Ok(())
+    }
+
+    /// Takes over a kernel file and returns its key. The key follows from the file's identity, so
+    /// the same unchanged file is taken over once.
+    pub(crate) fn import_kernel(&self, file: &Path) -> Result<String> {
+        let key = format!("file-{:016x}", stamp(file)?);
+        let _turn = self.turn("kernel", &mut |_: &Progress| {})?;
+        if self.kernel(&key)?.is_none() {
+            import_kernel(self.os, file, &self.layout.kernels().join(&key))?;
+        }
+        Ok(key)
+    }
+
+    /// The initial RAM file system for a kernel and an agent; written if either is new.
+    pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
+        let path = kernel
+            .dir
+            .join(format!("initramfs-{:016x}.cpio", stamp(agent)?));
+        if !path.exists() {
+            write_initramfs(
+                self.os,
+                &Initramfs {
+                    agent: agent.to_owned(),
+                    modules: kernel.modules(),
+                },
+                &path,
+            )?;
+        }
+        Ok(path)
+    }
+
+    /// Builds an image if it is not there.
+    pub(crate) fn make_image(
+        &self,
+        store: &mut Store,
+        name: &str,
+        watcher: &mut dyn Watcher,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        if store.image(name)?.is_some() {
+            return Ok(());
+        }
+        if name != DEFAULT_IMAGE {
+            return Err(unknown_image(name));
+        }
+        let _turn = self.turn("image", watcher)?;
+        // Another process may have built it while this one waited for its turn.
+        if store.image(name)?.is_some() {
+            return Ok(());
+        }
+        let now = Timestamp::now();
+        let building = self.layout.images().join(".building");
+        self.os.remove_tree("remove the half-built image", &building)?;
+        let task = format!("image {name}");
+        let image = build_default_image(
+            self.os,
+            self.programs,
+            &BuildRequest {
+                name: name.to_owned(),
+                created: now.to_string(),
+                mirror: None,
+                packages: Vec::new(),
+            },
+            &building,
+            cancel,
+            &mut |progress| report(watcher, &task, progress),
+        )?;
+        let place = self.layout.image(&image.manifest.digest);
+        // A database that was lost may have left the very same image.
+        if place.exists() {
+            self.os.remove_tree("remove the half-built image", &building)?;
+        } else {
+            self.os.rename("put the image in place at", &building, &place)?;
+        }
+        store.put_image(&ImageRow {
+            name: name.to_owned(),
+            digest: image.manifest.digest,
+            size_bytes: image.manifest.size,
+            created_at: now,
+            source: image.manifest.source,
+        })
+    }
+
+    /// An empty writable layer of this size, made if it is not there.
+    pub(crate) fn empty_layer(&self, size_mib: u32) -> Result<PathBuf> {
+        let path = self.layout.empty_layer(size_mib);
+        if !path.exists() {
+            self.os.create_dir_all("make the cache directory", &self.layout.cache())?;
+            let _lock = self.os.lock("lock the cache", &self.layout.cache().join("lock"))?;
+            if !path.exists() {
+                let making = path.with_extension("making");
+                self.os.remove_file("remove the half-made disk", &making)?;
+                smolvm_host::disk::make_ext4_template(
+                    self.os,
+                    &self.programs.find("mke2fs")?,
+                    &making,
+                    size_mib.into(),
+                )?;
+                self.os.rename("put the empty disk in place at", &making, &path)?;
+            }
+        }
+        Ok(path)
+    }
+
+    /// Waits until no other process makes the same kind of asset.
+    fn turn(&self, what: &str, watcher: &mut dyn Watcher) -> Result<smolvm_host::os::Lock> {
+        let (dir, name) = match what {
+            "kernel" => (self.layout.kernels(), "lock"),
+            _ => (self.layout.images(), "lock"),
+        };
+        self.os.create_dir_all("make the directory", &dir)?;
+        let path = dir.join(name);
+        if let Some(lock) = self.os.try_lock("lock", &path)? {
+            return Ok(lock);
+        }
+        watcher.progress(&Progress {
+            task: what.to_owned(),
+            phase: "waiting for another process that prepares it".to_owned(),
+            fraction: None,
+        });
+        Ok(self.os.lock("lock", &path)?)
+    }
+}
+
+/// An image nobody knows.
+pub(crate) fn unknown_image(name: &str) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("there is no image named `{}`", name.escape_debug()),
+    )
+    .hint(format!(
+        "see the images with `smolvm image list`; the default is `{DEFAULT_IMAGE}`"
+    ))
+}
+
+/// Identity of a file's content without reading it: where it is, how long, and when it last changed.
+fn stamp(path: &Path) -> Result<u64> {
+    let doing = || format!("could not look at {}", path.display());
+    let path = path.canonicalize().map_err(|error| io(doing(), error))?;
+    let metadata = std::fs::metadata(&path).map_err(|error| io(doing(), error))?;
+    let mut hasher = DefaultHasher::new();
+    (
+        &path,
+        metadata.dev(),
+        metadata.ino(),
+        metadata.len(),
+        metadata.mtime(),
+        metadata.mtime_nsec(),
+        metadata.ctime(),
+        metadata.ctime_nsec(),
+    )
+        .hash(&mut hasher);
+    Ok(hasher.finish())
+}
+
+fn report(watcher: &mut dyn Watcher, task: &str, progress: smolvm_host::progress::Progress) {
+    let phase = match progress.phase {
+        Phase::Update => "fetching the package lists",
+        Phase::Download => "downloading packages",
+        Phase::Unpack => "unpacking",
+        Phase::Configure => "configuring",
+        Phase::Write => "writing",
+    };
+    watcher.progress(&Progress {
+        task: task.to_owned(),
+        phase: phase.to_owned(),
+        fraction: Some(f64::from(progress.done) / f64::from(progress.total)),
+    });
+}

@@ -1,0 +1,36 @@
+//! What a face tells the engine about the world, read once and passed as values.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where things are and how to behave. No field has a meaning that depends on another.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory of all state: database, images, kernels, sandboxes. Made on first use.
+    pub data_dir: PathBuf,
+    /// The `smolvm-keeper` program.
+    pub keeper: PathBuf,
+    /// The `smolvm-agent` program, packed into every guest.
+    pub agent: PathBuf,
+    /// Directories searched for host programs, as in `PATH`.
+    pub program_dirs: Vec<PathBuf>,
+    /// How guest instructions are to run.
+    pub accel: AccelChoice,
+    /// Most time a guest may take from start to ready.
+    pub boot_timeout: Duration,
+}
+
+/// How guest instructions are to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AccelChoice {
+    /// Hardware virtualization if a probe shows that it works, else emulation.
+    #[default]
+    Auto,
+    /// Hardware virtualization, or an error that says why not.
+    Kvm,
+    /// Emulation.
+    Emulation,
+}
+
+/// Default of [`Config::boot_timeout`]: ten times a boot under emulation on a busy two-core machine.
+pub const BOOT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);

@@ -1,0 +1,136 @@
+//! What `doctor` checks: each with what was found, and how to mend it.
+
+use crate::engine::Engine;
+use crate::facts;
+use crate::spec::DEFAULT_IMAGE;
+use crate::store::Store;
+
+/// One check of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// Short name.
+    pub name: String,
+    /// What came of it.
+    pub status: CheckStatus,
+    /// What was found.
+    pub detail: String,
+    /// How to mend it.
+    pub fix: Option<String>,
+}
+
+/// What came of a check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckStatus {
+    /// All is well.
+    Pass,
+    /// It works, though less well than it could.
+    Warn,
+    /// Something will not work.
+    Fail,
+}
+
+/// Least free bytes on the data directory's disk before `doctor` warns: a default image with
+/// everything that building it needs.
+const FREE_BYTES_MIN: u64 = 2 << 30;
+
+impl Engine {
+    /// Checks this host. Makes nothing on disk.
+    #[must_use]
+    pub fn doctor(&self) -> Vec<Check> {
+        let mut checks = Vec::new();
+        let mut add = |name: &str, status, detail: String, fix: Option<String>| {
+            checks.push(Check {
+                name: name.to_owned(),
+                status,
+                detail,
+                fix,
+            });
+        };
+        for missing in self.missing_packages() {
+            add(
+                &missing.program,
+                CheckStatus::Fail,
+                format!("not found; needed to {}", missing.why),
+                Some(format!("sudo apt-get install {}", missing.package)),
+            );
+        }
+        for (name, path) in [
+            ("keeper", &self.config().keeper),
+            ("agent", &self.config().agent),
+        ] {
+            if path.is_file() {
+                add(name, CheckStatus::Pass, path.display().to_string(), None);
+            } else {
+                add(
+                    name,
+                    CheckStatus::Fail,
+                    format!("{} is not there", path.display()),
+                    Some("install it beside smolvm".to_owned()),
+                );
+            }
+        }
+        if let Ok(qemu) = self.programs().find("qemu-system-x86_64") {
+            add("qemu", CheckStatus::Pass, qemu.display().to_string(), None);
+        }
+        match facts::look(self.config().accel) {
+            Ok(found) if found.kvm => add("kvm", CheckStatus::Pass, found.reason, None),
+            Ok(found) => add(
+                "kvm",
+                CheckStatus::Warn,
+                format!("guests run under emulation, many times slower: {}", found.reason),
+                Some("use a host whose /dev/kvm works for this user".to_owned()),
+            ),
+            Err(error) => add("kvm", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned)),
+        }
+        self.check_data(&mut add);
+        checks
+    }
+
+    fn check_data(&self, add: &mut dyn FnMut(&str, CheckStatus, String, Option<String>)) {
+        let root = &self.config().data_dir;
+        // The nearest directory that is there tells whether the rest can be made.
+        let Some(nearest) = root.ancestors().find(|path| path.exists()) else {
+            return add("data", CheckStatus::Fail, format!("{} cannot be made", root.display()), None);
+        };
+        let writable = rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK).is_ok() && nearest.is_dir();
+        if !writable {
+            return add(
+                "data",
+                CheckStatus::Fail,
+                format!("{} cannot be written", nearest.display()),
+                Some("choose another directory with --data-dir or SMOLVM_DATA_DIR".to_owned()),
+            );
+        }
+        match rustix::fs::statvfs(nearest) {
+            Ok(stat) if stat.f_bavail.saturating_mul(stat.f_frsize) < FREE_BYTES_MIN => add(
+                "data",
+                CheckStatus::Warn,
+                format!(
+                    "{} has {} MiB free",
+                    root.display(),
+                    stat.f_bavail.saturating_mul(stat.f_frsize) >> 20
+                ),
+                Some("free some space, or choose another directory with --data-dir".to_owned()),
+            ),
+            _ => add("data", CheckStatus::Pass, root.display().to_string(), None),
+        }
+        match Store::open_existing(&crate::layout::Layout::new(root.clone()).database()) {
+            Ok(_) => {}
+            Err(error) => {
+                return add("state", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned));
+            }
+        }
+        match self.missing_assets(DEFAULT_IMAGE) {
+            Ok(missing) if missing.is_empty() => {
+                add("image", CheckStatus::Pass, format!("{DEFAULT_IMAGE} and its kernel are ready"), None);
+            }
+            Ok(missing) => add(
+                "image",
+                CheckStatus::Warn,
+                format!("not prepared yet: {}", missing.join(", ")),
+                Some("smolvm setup".to_owned()),
+            ),
+            Err(error) => add("image", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned)),
+        }
+    }
+}

@@ -1,0 +1,798 @@
+//! The engine: what exists, what it needs, and its life.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use smolvm_host::cancel::Cancel;
+use smolvm_host::os::Os;
+use smolvm_host::packages::Programs;
+use smolvm_host::process::ProcessIdentity;
+use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
+use smolvm_vmm::Accel;
+
+use crate::assets::{Assets, STOCK_KERNEL, Watcher, unknown_image};
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result, io};
+use crate::facts::{self, Acceleration};
+use crate::launch;
+use crate::layout::Layout;
+use crate::names;
+use crate::plan::{self, HostFacts, Layer};
+use crate::session::Session;
+use crate::spec::{DiskMode, SandboxName, SandboxSpec};
+use crate::store::{ImageRow, SandboxRow, State, Store};
+use crate::teardown;
+
+/// The library's entry. Cheap to clone; touches nothing on disk until something is written.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    layout: Layout,
+    programs: Programs,
+    os: Os,
+}
+
+/// A sandbox as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxInfo {
+    /// Sixteen hexadecimal digits.
+    pub id: String,
+    /// Its name.
+    pub name: SandboxName,
+    /// Where it is in its life.
+    pub state: State,
+    /// Why it is in that state, where that is not plain.
+    pub reason: Option<String>,
+    /// Image of its root file system.
+    pub image: String,
+    /// Virtual CPUs.
+    pub cpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Size of the writable layer in MiB.
+    pub disk_mib: u32,
+    /// Where changes to the root file system go.
+    pub disk_mode: DiskMode,
+    /// Whether it is destroyed as soon as it stops.
+    pub ephemeral: bool,
+    /// Environment of every command.
+    pub env: Vec<(String, String)>,
+    /// Working directory of commands that name none.
+    pub workdir: Option<String>,
+    /// User of commands that name none.
+    pub user: Option<String>,
+    /// Time after each start at which it is destroyed.
+    pub ttl: Option<Duration>,
+    /// Engine of the last start.
+    pub engine: Option<String>,
+    /// How guest instructions ran at the last start: `kvm` or `emulation`.
+    pub accel: Option<String>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it was last started.
+    pub started_at: Option<Timestamp>,
+    /// When it last stopped.
+    pub stopped_at: Option<Timestamp>,
+    /// Its keeper, while it runs.
+    pub keeper_pid: Option<u32>,
+    /// Its VMM, while it runs.
+    pub vmm_pid: Option<u32>,
+    /// Bytes its own writable layer takes on the host's disk.
+    pub disk_used_bytes: Option<u64>,
+}
+
+/// An image in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: String,
+    /// `sha256:` and 64 hexadecimal digits.
+    pub digest: String,
+    /// Size of the root file system in bytes.
+    pub size_bytes: u64,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Where it came from.
+    pub source: String,
+}
+
+/// How long a start took, each from the call of [`Engine::start`]. Zero if it ran already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StartTimes {
+    /// Until the keeper was started.
+    pub spawn: Duration,
+    /// Until the VMM process ran.
+    pub vmm: Duration,
+    /// Until the guest's agent spoke.
+    pub hello: Duration,
+    /// Until the guest served.
+    pub ready: Duration,
+}
+
+/// The end of a guest's console.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsoleTail {
+    /// The log file.
+    pub path: PathBuf,
+    /// Its last lines, oldest first.
+    pub lines: Vec<String>,
+}
+
+/// A host program that is not there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MissingPackage {
+    /// The program.
+    pub program: String,
+    /// The Debian package that brings it.
+    pub package: String,
+    /// What it is needed for.
+    pub why: String,
+}
+
+/// Something [`Engine::prune`] removed, or would.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pruned {
+    /// `sandbox` or `leftover`.
+    pub kind: &'static str,
+    /// Its name, or the leftover's path.
+    pub name: String,
+    /// Bytes it takes on the disk.
+    pub bytes: u64,
+}
+
+impl Engine {
+    /// An engine for this configuration.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Self::with_os(config, Os::new())
+    }
+
+    /// An engine whose effects on the host may be made to fail.
+    #[must_use]
+    pub fn with_os(config: Config, os: Os) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                layout: Layout::new(config.data_dir.clone()),
+                programs: Programs::new(config.program_dirs.iter().cloned()),
+                config,
+                os,
+            }),
+        }
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    fn os(&self) -> &Os {
+        &self.shared.os
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.shared.layout
+    }
+
+    fn assets(&self) -> Assets<'_> {
+        Assets {
+            os: &self.shared.os,
+            layout: &self.shared.layout,
+            programs: &self.shared.programs,
+        }
+    }
+
+    /// The store, made with its directories if it is not there.
+    fn store(&self) -> Result<Store> {
+        let root = self.layout().root();
+        let unusable = |error: smolvm_host::HostError| {
+            Error::from(error).hint("choose another directory with --data-dir or SMOLVM_DATA_DIR")
+        };
+        self.os()
+            .create_dir_all("make the data directory", root)
+            .map_err(unusable)?;
+        self.os()
+            .create_dir_all("make the data directory", &self.layout().sandboxes())
+            .map_err(unusable)?;
+        Store::open(&self.layout().database())
+    }
+
+    // ---- what exists ----
+
+    /// All sandboxes, oldest first, with what crashes left repaired. Makes nothing on disk.
+    pub fn list(&self) -> Result<Vec<SandboxInfo>> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(Vec::new());
+        };
+        let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
+        Ok(rows.into_iter().map(|row| self.describe(row)).collect())
+    }
+
+    /// One sandbox.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`].
+    pub fn info(&self, name: &str) -> Result<SandboxInfo> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        Ok(self.describe(self.row(&mut store, name)?))
+    }
+
+    /// A name that is free at this moment.
+    pub fn unused_name(&self) -> Result<SandboxName> {
+        let taken = match Store::open_existing(&self.layout().database())? {
+            Some(store) => store
+                .sandboxes()?
+                .into_iter()
+                .map(|row| row.spec.name.to_string())
+                .collect(),
+            None => Vec::new(),
+        };
+        names::generate(random_u64()?, |name| taken.iter().any(|other| other == name)).parse()
+    }
+
+    /// All images, by name. Makes nothing on disk.
+    pub fn images(&self) -> Result<Vec<ImageInfo>> {
+        let Some(store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(Vec::new());
+        };
+        Ok(store
+            .images()?
+            .into_iter()
+            .map(|image: ImageRow| ImageInfo {
+                name: image.name,
+                digest: image.digest,
+                size_bytes: image.size_bytes,
+                created_at: image.created_at,
+                source: image.source,
+            })
+            .collect())
+    }
+
+    /// The last `lines` lines of a sandbox's console.
+    pub fn console(&self, name: &str, lines: usize) -> Result<ConsoleTail> {
+        let info = self.info(name)?;
+        let path = self.layout().sandbox(&info.id).console();
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(io(format!("could not read {}", path.display()), error)),
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let all: Vec<&str> = text.lines().collect();
+        Ok(ConsoleTail {
+            path,
+            lines: all[all.len().saturating_sub(lines)..]
+                .iter()
+                .map(|line| (*line).to_owned())
+                .collect(),
+        })
+    }
+
+    fn row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
+        let find = |store: &Store| {
+            store
+                .sandbox_named(name)?
+                .ok_or_else(|| unknown_sandbox(name))
+        };
+        let row = find(store)?;
+        if teardown::reconcile_row(self.os(), self.layout(), store, &row)? {
+            return find(store);
+        }
+        Ok(row)
+    }
+
+    fn describe(&self, row: SandboxRow) -> SandboxInfo {
+        let held = row.state.is_held();
+        let pid = |identity: Option<ProcessIdentity>| {
+            identity
+                .filter(|_| held)
+                .and_then(|identity| u32::try_from(identity.pid).ok())
+        };
+        let disk_used_bytes = (row.spec.disk_mode == DiskMode::Isolated)
+            .then(|| allocated(&self.layout().sandbox(&row.id).disk()))
+            .flatten();
+        SandboxInfo {
+            id: row.id,
+            name: row.spec.name,
+            state: row.state,
+            reason: row.reason,
+            image: row.spec.image,
+            cpus: row.spec.cpus,
+            memory_mib: row.spec.memory_mib,
+            disk_mib: row.spec.disk_mib,
+            disk_mode: row.spec.disk_mode,
+            ephemeral: row.spec.ephemeral,
+            env: row.spec.env,
+            workdir: row.spec.workdir,
+            user: row.spec.user,
+            ttl: row.spec.ttl,
+            engine: row.engine,
+            accel: row.accel,
+            created_at: row.created_at,
+            started_at: row.started_at,
+            stopped_at: row.stopped_at,
+            keeper_pid: pid(row.holder),
+            vmm_pid: pid(row.vmm),
+            disk_used_bytes,
+        }
+    }
+
+    // ---- what is needed ----
+
+    /// What `image` still needs before a sandbox can start from it; empty if nothing.
+    pub fn missing_assets(&self, image: &str) -> Result<Vec<String>> {
+        let mut missing = Vec::new();
+        if self.assets().kernel(STOCK_KERNEL)?.is_none() {
+            missing.push("kernel".to_owned());
+        }
+        if self.images()?.iter().all(|known| known.name != image) {
+            missing.push(format!("image {image}"));
+        }
+        Ok(missing)
+    }
+
+    /// Downloads or builds what `image` still needs. `kernel` is a kernel file to use in place of
+    /// the distribution's. Long; run it on a thread that may block.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for an unknown image, [`ErrorKind::MissingDependency`],
+    /// [`ErrorKind::Network`], [`ErrorKind::NoSpace`], [`ErrorKind::Cancelled`]. Nothing half made
+    /// remains.
+    pub fn prepare(
+        &self,
+        image: &str,
+        kernel: Option<&Path>,
+        watcher: &mut dyn Watcher,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let mut store = self.store()?;
+        if image != crate::spec::DEFAULT_IMAGE && store.image(image)?.is_none() {
+            return Err(unknown_image(image));
+        }
+        match kernel {
+            Some(file) => {
+                self.assets().import_kernel(file)?;
+            }
+            None => self.assets().make_kernel(watcher, cancel)?,
+        }
+        self.assets().make_image(&mut store, image, watcher, cancel)
+    }
+
+    /// Host programs that are not there.
+    #[must_use]
+    pub fn missing_packages(&self) -> Vec<MissingPackage> {
+        let ordinary = !rustix::process::geteuid().is_root();
+        self.shared
+            .programs
+            .missing(ordinary)
+            .into_iter()
+            .map(|missing| MissingPackage {
+                program: missing.program.to_owned(),
+                package: missing.package.to_owned(),
+                why: missing.why.to_owned(),
+            })
+            .collect()
+    }
+
+    /// Installs Debian packages; only root may. `line` is told each line the package tool prints.
+    pub fn install_packages(
+        &self,
+        packages: &[String],
+        line: &mut dyn FnMut(&str),
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+        Ok(self.shared.programs.install(&packages, cancel, line)?)
+    }
+
+    /// How guest instructions run here, and why. Measured once after each start of the host.
+    pub fn acceleration(&self) -> Result<Acceleration> {
+        facts::acceleration(&mut self.store()?, self.config().accel)
+    }
+
+    /// The programs of the host.
+    pub(crate) fn programs(&self) -> &Programs {
+        &self.shared.programs
+    }
+
+    // ---- life ----
+
+    /// Makes a sandbox, without starting it. An ephemeral one lives no longer than this process
+    /// until it is started.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::NotFound`] for an unknown
+    /// image, [`ErrorKind::InvalidInput`]. Nothing remains after an error.
+    pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
+        spec.check()?;
+        let mut store = self.store()?;
+        let image = store.image(&spec.image)?.ok_or_else(|| {
+            if spec.image == crate::spec::DEFAULT_IMAGE {
+                Error::new(
+                    ErrorKind::MissingDependency,
+                    format!("the image `{}` is not built yet", spec.image),
+                )
+                .hint("build it with `smolvm setup`")
+            } else {
+                unknown_image(&spec.image)
+            }
+        })?;
+        let kernel = match &spec.kernel {
+            Some(file) => self.assets().import_kernel(file)?,
+            None => STOCK_KERNEL.to_owned(),
+        };
+        let row = SandboxRow {
+            id: format!("{:016x}", random_u64()?),
+            state: State::Created,
+            reason: None,
+            spec: spec.clone(),
+            image_digest: image.digest,
+            kernel,
+            engine: None,
+            accel: None,
+            created_at: Timestamp::now(),
+            started_at: None,
+            stopped_at: None,
+            holder: spec.ephemeral.then(myself).transpose()?,
+            vmm: None,
+        };
+        if let Some(older) = store.sandbox_named(spec.name.as_str())? {
+            // What a crash left must not keep its name.
+            teardown::reconcile_row(self.os(), self.layout(), &mut store, &older)?;
+        }
+        store.insert_sandbox(&row)?;
+        let made = self
+            .os()
+            .create_dir("make the sandbox's directory", self.layout().sandbox(&row.id).path());
+        if let Err(error) = made {
+            teardown::destroy(self.os(), self.layout(), &mut store, &row.id)?;
+            return Err(error.into());
+        }
+        Ok(self.describe(row))
+    }
+
+    /// Starts a sandbox and waits until its guest serves. One that runs already is connected to.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::GuestFailed`] with the last console lines if the guest does not come up,
+    /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk,
+    /// [`ErrorKind::MissingDependency`]. The sandbox is then off, and can be started again.
+    pub async fn start(&self, name: &str) -> Result<(Session, StartTimes)> {
+        let begun = Instant::now();
+        loop {
+            let mut store = self.store()?;
+            let row = self.row(&mut store, name)?;
+            match row.state {
+                State::Starting | State::Running => {
+                    let session = self.attach(&row)?;
+                    session.wait_ready().await?;
+                    return Ok((session, StartTimes::default()));
+                }
+                State::Stopping | State::Deleting => {
+                    self.wait_until_free(&row.id).await?;
+                    continue;
+                }
+                State::Created | State::Stopped | State::Error => {}
+            }
+            let won = store.begin_start(
+                &row.id,
+                &[State::Created, State::Stopped, State::Error],
+                &myself()?,
+                Timestamp::now(),
+            )?;
+            if !won {
+                // Another process was faster; see what it made of it.
+                continue;
+            }
+            let session = match self.realize(&mut store, &row) {
+                Ok(session) => session,
+                Err(error) => {
+                    store.transition(
+                        &row.id,
+                        &[State::Starting],
+                        State::Error,
+                        Some(&sentence(&error)),
+                        Timestamp::now(),
+                    )?;
+                    return Err(error);
+                }
+            };
+            let spawn = begun.elapsed();
+            let ready = session.wait_ready().await?;
+            // The keeper counts from its own start, which is when it was spawned.
+            let since = |micros| spawn + Duration::from_micros(micros);
+            let times = StartTimes {
+                spawn,
+                vmm: since(ready.vmm_us),
+                hello: since(ready.hello_us),
+                ready: begun.elapsed(),
+            };
+            return Ok((session, times));
+        }
+    }
+
+    /// Carries a start out, step by step, up to the keeper that takes over.
+    fn realize(&self, store: &mut Store, row: &SandboxRow) -> Result<Session> {
+        let dir = self.layout().sandbox(&row.id);
+        // Only a repair may hold the lock at this moment, and it lets go at once.
+        let lock = self.os().lock("lock the sandbox", &dir.lock())?;
+        let facts = self.host_facts(store, row)?;
+        if let Layer::File(path) = plan::layer(row, self.layout())
+            && !path.exists()
+        {
+            let empty = self.assets().empty_layer(row.spec.disk_mib)?;
+            self.os().copy_sparse("make the sandbox's disk", &empty, &path)?;
+        }
+        let plan = plan::plan(row, self.layout(), &facts);
+        let text = serde_json::to_vec(&plan).map_err(|error| {
+            Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
+        })?;
+        self.os().write_file_atomic(
+            "write the launch file",
+            &dir.launch_file(),
+            &text,
+            0o600,
+            smolvm_host::os::Durability::Cached,
+        )?;
+        let log = self
+            .os()
+            .create_log("open the keeper's log", &dir.keeper_log())?;
+        let listener = self
+            .os()
+            .effect("listen on the sandbox's socket", &dir.socket(), || launch::listen(&dir))?;
+        launch::spawn(&self.config().keeper, &dir, listener, lock, log)?;
+        Session::connect(row.spec.name.as_str(), dir.path())
+    }
+
+    fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
+        let qemu = self.programs().find("qemu-system-x86_64")?;
+        let acceleration = facts::acceleration(store, self.config().accel)?;
+        let accel = if acceleration.kvm { Accel::Kvm } else { Accel::Emulation };
+        let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(|| {
+            Error::new(ErrorKind::MissingDependency, "the guest kernel is not there")
+                .hint("get it with `smolvm setup`")
+        })?;
+        Ok(HostFacts {
+            qemu,
+            accel,
+            tsc_khz: match accel {
+                Accel::Kvm => None,
+                Accel::Emulation => Some(facts::tsc_khz(store)?),
+            },
+            vmlinux: kernel.vmlinux(),
+            initramfs: self.assets().initramfs(&kernel, &self.config().agent)?,
+            boot_timeout: self.config().boot_timeout,
+        })
+    }
+
+    /// Connects to a running sandbox.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotRunning`] with the command that starts it.
+    #[expect(clippy::unused_async, reason = "needs a runtime, as its siblings")]
+    pub async fn connect(&self, name: &str) -> Result<Session> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        let row = self.row(&mut store, name)?;
+        match row.state {
+            State::Starting | State::Running => self.attach(&row),
+            state => {
+                let mut error = Error::new(
+                    ErrorKind::NotRunning,
+                    format!("sandbox `{name}` is not running, it is {state}"),
+                )
+                .hint(format!("start it with `smolvm start {name}`"));
+                if let Some(reason) = row.reason {
+                    error = error.because(reason);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn attach(&self, row: &SandboxRow) -> Result<Session> {
+        Session::connect(
+            row.spec.name.as_str(),
+            self.layout().sandbox(&row.id).path(),
+        )
+    }
+
+    /// Stops a sandbox: asks the guest to go down, and switches it off after `grace`; at once if
+    /// that is zero. Says whether it had to be switched off. Does nothing if it is off already. An
+    /// ephemeral sandbox is removed as well.
+    pub async fn stop(&self, name: &str, grace: Duration) -> Result<bool> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        let row = self.row(&mut store, name)?;
+        if !row.state.is_held() {
+            return Ok(false);
+        }
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        let asked = async {
+            self.attach(&row)?
+                .keeper(&KeeperRequest::Stop(StopRequest { grace_ms }))
+                .await
+        };
+        // The keeper answers within the grace and what it takes to kill; one that does not is stuck.
+        let limit = grace.saturating_add(KEEPER_PATIENCE);
+        match tokio::time::timeout(limit, asked).await {
+            Ok(Ok(KeeperEvent::Done(done))) => {
+                // The next start needs the lock, which the keeper lets go when it ends.
+                self.wait_until_free(&row.id).await?;
+                Ok(done.forced)
+            }
+            Ok(Ok(other)) => Err(Error::new(
+                ErrorKind::Internal,
+                format!("the keeper of sandbox `{name}` answered {other:?}"),
+            )),
+            Ok(Err(_)) | Err(_) => {
+                // It ended meanwhile, or hangs: the rows and processes know.
+                teardown::end_processes(&row)?;
+                let row = self.row(&mut store, name);
+                match row {
+                    Ok(_) => Ok(true),
+                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+                    Err(error) => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Removes a sandbox, running or not. When it returns nothing of it is left.
+    pub async fn delete(&self, name: &str) -> Result<()> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        let row = self.row(&mut store, name)?;
+        if row.state.is_held() {
+            let asked = async { self.attach(&row)?.keeper(&KeeperRequest::Destroy).await };
+            match tokio::time::timeout(KEEPER_PATIENCE, asked).await {
+                Ok(Ok(KeeperEvent::Done(_))) => return Ok(()),
+                _ => teardown::end_processes(&row)?,
+            }
+        }
+        // Off by now; whoever else removes it as well does the same steps.
+        teardown::destroy(self.os(), self.layout(), &mut store, &row.id)
+    }
+
+    /// Waits until no process holds a sandbox.
+    async fn wait_until_free(&self, id: &str) -> Result<()> {
+        let dir = self.layout().sandbox(id);
+        let os = self.os().clone();
+        tokio::task::spawn_blocking(move || {
+            if dir.path().exists() {
+                // The file is opened before it is waited for, so one that is removed meanwhile
+                // is no obstacle.
+                match os.lock("lock the sandbox", &dir.lock()) {
+                    Err(error) if error.kind() != smolvm_host::HostErrorKind::NotFound => {
+                        return Err(error);
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await
+        .map_err(|panic| Error::new(ErrorKind::Internal, "waiting failed").because(panic))?
+        .map_err(Error::from)
+    }
+
+    /// Removes leftovers that belong to no sandbox, and with `stopped` also every sandbox that is
+    /// off. With `dry_run` it only says what it would remove.
+    pub async fn prune(&self, dry_run: bool, stopped: bool) -> Result<Vec<Pruned>> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(Vec::new());
+        };
+        let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
+        let mut pruned = Vec::new();
+        for row in rows.iter().filter(|row| stopped && !row.state.is_held()) {
+            pruned.push(Pruned {
+                kind: "sandbox",
+                name: row.spec.name.to_string(),
+                bytes: used_below(self.layout().sandbox(&row.id).path()),
+            });
+            if !dry_run {
+                self.delete(row.spec.name.as_str()).await?;
+            }
+        }
+        for entry in entries(&self.layout().sandboxes())? {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            // Read again for each: a sandbox may have been made since, and its row comes first.
+            if store.sandbox(&id)?.is_some() {
+                continue;
+            }
+            pruned.push(Pruned {
+                kind: "leftover",
+                name: entry.path().display().to_string(),
+                bytes: used_below(&entry.path()),
+            });
+            if !dry_run {
+                self.os().remove_tree("remove the leftover", &entry.path())?;
+            }
+        }
+        Ok(pruned)
+    }
+}
+
+/// Most time a keeper may take to switch its machine off and remove it.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(10);
+
+fn unknown_sandbox(name: &str) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("there is no sandbox named `{}`", name.escape_debug()),
+    )
+    .hint("see the sandboxes with `smolvm ls --all`")
+}
+
+/// An error with its causes on one line.
+fn sentence(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        text = format!("{text}: {source}");
+        cause = source.source();
+    }
+    text
+}
+
+fn myself() -> Result<ProcessIdentity> {
+    let pid = i32::try_from(std::process::id()).unwrap_or(i32::MAX);
+    ProcessIdentity::of(pid)?.ok_or_else(|| {
+        Error::new(ErrorKind::Internal, "could not find this process in /proc")
+            .hint("mount /proc")
+    })
+}
+
+fn random_u64() -> Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| io("could not get random bytes from the kernel", error.into()))?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Bytes a file takes on the disk, which for a sparse one is less than its length.
+fn allocated(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path)
+        .ok()
+        .map(|metadata| metadata.blocks() * 512)
+}
+
+fn entries(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
+    match std::fs::read_dir(dir).and_then(Iterator::collect) {
+        Ok(entries) => Ok(entries),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(io(format!("could not list {}", dir.display()), error)),
+    }
+}
+
+fn used_below(path: &Path) -> u64 {
+    let own = allocated(path).unwrap_or(0);
+    let below: u64 = if path.is_dir() && !path.is_symlink() {
+        entries(path)
+            .unwrap_or_default()
+            .iter()
+            .map(|entry| used_below(&entry.path()))
+            .sum()
+    } else {
+        0
+    };
+    own + below
+}

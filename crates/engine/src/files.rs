@@ -1,0 +1,545 @@
+//! Files and trees between the host and a running sandbox, as tar streams.
+//!
+//! The tar library works on blocking readers and writers, so packing and unpacking run on a thread
+//! of their own, joined to the connection by a short queue: nothing holds more than a few pieces
+//! of a file, however large it is.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use smolvm_proto::Channel;
+use smolvm_proto::message::{ArchiveRequest, Event, ExtractRequest, Request};
+use tokio::sync::mpsc;
+
+use crate::client::Heard;
+use crate::error::{Error, ErrorKind, Result, io as io_error};
+use crate::session::{FileKind, Session};
+
+/// Bytes of one piece on the way between the packing thread and the connection.
+const PIECE_BYTES: usize = 64 * 1024;
+/// Pieces waiting on that way.
+const PIECES_MAX: usize = 8;
+
+/// How to copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyOptions {
+    /// Make missing directories on the way to the target.
+    pub make_parents: bool,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self { make_parents: true }
+    }
+}
+
+/// What was copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Copied {
+    /// Files, directories and links.
+    pub files: u64,
+    /// Bytes of the stream, holes of sparse files left out.
+    pub bytes: u64,
+    /// Where the file or tree is now.
+    pub target: String,
+}
+
+/// Told of bytes so far, and in all where that is known.
+pub type CopyProgress<'a> = &'a mut (dyn FnMut(u64, Option<u64>) + Send);
+
+impl Session {
+    /// Copies a file or tree into the guest, with modes, times and holes; it belongs to root there.
+    ///
+    /// As `cp` does: into `guest` if that is a directory or ends with `/`, else under that name.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for a missing source or directory, [`ErrorKind::NoSpace`] if the
+    /// guest's disk is full; what arrived until then stays.
+    pub async fn upload(
+        &self,
+        local: &Path,
+        guest: &str,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        absolute(guest)?;
+        let metadata = std::fs::metadata(local)
+            .map_err(|error| io_error(format!("could not read {}", local.display()), error))?;
+        let into_directory = guest.ends_with('/') || self.is_directory(guest).await?;
+        let (directory, name) = if into_directory {
+            (guest.to_owned(), base_name(local)?)
+        } else {
+            let (parent, name) = split_guest(guest)?;
+            (parent.to_owned(), OsString::from(name))
+        };
+        let total = metadata.is_file().then(|| metadata.len());
+
+        let mut stream = self.client.open(&Request::Extract(ExtractRequest {
+            directory: directory.clone().into_bytes().into(),
+            make_parents: options.make_parents,
+            owner: Some("0:0".to_owned()),
+        }))?;
+        let input = stream.input();
+        let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
+        let files = Arc::new(AtomicU64::new(0));
+        let packer = tokio::task::spawn_blocking({
+            let (local, name, files) = (local.to_owned(), name.clone(), Arc::clone(&files));
+            move || pack(&local, &name, sender, &files)
+        });
+        let mut bytes = 0;
+        let send = async {
+            while let Some(piece) = pieces.recv().await {
+                let piece: Vec<u8> = piece;
+                if !input.write(&piece).await? {
+                    // The guest gave the stream up; its answer says why.
+                    return Ok(());
+                }
+                bytes += piece.len() as u64;
+                progress(bytes, total);
+            }
+            match packer.await {
+                Ok(Ok(())) => input.close(),
+                Ok(Err(error)) => Err(error),
+                Err(panic) => Err(Error::new(ErrorKind::Internal, "packing failed").because(panic)),
+            }
+        };
+        let answer = async {
+            loop {
+                match stream.next().await? {
+                    Heard::Event(Event::Done) => return Ok(()),
+                    Heard::Event(other) => return Err(self.confused(&other)),
+                    Heard::Data(..) => {}
+                }
+            }
+        };
+        // If the packing fails, the stream is dropped and the guest stops; if the guest refuses,
+        // the queue is dropped and the packing stops.
+        tokio::try_join!(send, answer)?;
+        Ok(Copied {
+            files: files.load(Ordering::Relaxed),
+            bytes,
+            target: join_guest(&directory, &name),
+        })
+    }
+
+    /// Copies a file or tree out of the guest, with modes, times and holes; it belongs to the caller.
+    ///
+    /// As `cp` does: into `local` if that is a directory, else under that name. A new file or tree
+    /// appears whole or not at all. Nothing outside the target is touched, whatever the guest sends.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for a missing source or directory.
+    pub async fn download(
+        &self,
+        guest: &str,
+        local: &Path,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        absolute(guest)?;
+        let source = self.list_dir(guest, true).await?;
+        let total = source
+            .first()
+            .filter(|file| file.kind == FileKind::File)
+            .map(|file| file.size);
+        let name = split_guest(guest).map_or("root", |(_, name)| name);
+        let trailing_slash = local.as_os_str().as_bytes().ends_with(b"/");
+        let target = if local.is_dir() || trailing_slash {
+            local.join(name)
+        } else {
+            local.to_owned()
+        };
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        if options.make_parents {
+            std::fs::create_dir_all(&parent).map_err(|error| {
+                io_error(format!("could not make the directory {}", parent.display()), error)
+            })?;
+        }
+
+        let mut stream = self.client.open(&Request::Archive(ArchiveRequest {
+            path: guest.as_bytes().to_vec().into(),
+            follow: true,
+        }))?;
+        let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let unpacker = tokio::task::spawn_blocking({
+            let target = target.clone();
+            move || unpack(PieceReader::new(pieces), &parent, &target)
+        });
+        let mut bytes = 0;
+        let mut sender = Some(sender);
+        let received = loop {
+            match stream.next().await {
+                Ok(Heard::Data(Channel::Output, piece)) => {
+                    bytes += piece.len() as u64;
+                    progress(bytes, total);
+                    // The unpacking thread may end early: on a local failure, which it reports, or
+                    // because the archive's end came before the stream's.
+                    if let Some(queue) = &sender
+                        && queue.send(piece).await.is_err()
+                    {
+                        sender = None;
+                    }
+                }
+                Ok(Heard::Event(Event::Done)) => break Ok(()),
+                Ok(Heard::Event(other)) => break Err(self.confused(&other)),
+                Ok(Heard::Data(..)) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        // A stream that broke off is told apart from one that ended by a last word on the queue.
+        if received.is_ok()
+            && let Some(queue) = &sender
+        {
+            let _ = queue.send(Vec::new()).await;
+        }
+        drop(sender);
+        let unpacked = unpacker
+            .await
+            .map_err(|panic| Error::new(ErrorKind::Internal, "unpacking failed").because(panic))?;
+        received?;
+        Ok(Copied {
+            files: unpacked?,
+            bytes,
+            target: target.display().to_string(),
+        })
+    }
+
+    async fn is_directory(&self, guest: &str) -> Result<bool> {
+        match self.list_dir(&format!("{}/.", guest.trim_end_matches('/')), true).await {
+            Ok(_) => Ok(true),
+            Err(error) => match error.kind() {
+                ErrorKind::NotFound | ErrorKind::InvalidInput => Ok(false),
+                _ => Err(error),
+            },
+        }
+    }
+}
+
+fn absolute(guest: &str) -> Result<()> {
+    if guest.starts_with('/') && !guest.contains('\0') {
+        Ok(())
+    } else {
+        Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("`{}` is not an absolute path in the guest", guest.escape_debug()),
+        )
+        .hint("give a path that begins with `/`, for example /root/file"))
+    }
+}
+
+/// Directory and last component of a guest's path.
+fn split_guest(guest: &str) -> Result<(&str, &str)> {
+    let trimmed = guest.trim_end_matches('/');
+    match trimmed.rsplit_once('/') {
+        Some((parent, name)) if !name.is_empty() && name != "." && name != ".." => {
+            Ok((if parent.is_empty() { "/" } else { parent }, name))
+        }
+        _ => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("`{}` does not name a file", guest.escape_debug()),
+        )),
+    }
+}
+
+fn join_guest(directory: &str, name: &OsStr) -> String {
+    format!("{}/{}", directory.trim_end_matches('/'), name.display())
+}
+
+fn base_name(local: &Path) -> Result<OsString> {
+    let named = local.file_name().map(OsStr::to_owned).or_else(|| {
+        // `.` and `..` have a name only once they are resolved.
+        let resolved = local.canonicalize().ok()?;
+        resolved.file_name().map(OsStr::to_owned)
+    });
+    named.ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!("`{}` has no name to copy it under", local.display()),
+        )
+        .hint("give a target that does not end with `/`")
+    })
+}
+
+/// Writes a tar stream of `local`, named `name`, into the queue.
+fn pack(
+    local: &Path,
+    name: &OsStr,
+    sender: mpsc::Sender<Vec<u8>>,
+    files: &AtomicU64,
+) -> Result<()> {
+    let queue = PieceWriter {
+        sender,
+        piece: Vec::with_capacity(PIECE_BYTES),
+    };
+    let mut builder = tar::Builder::new(queue);
+    builder.follow_symlinks(false);
+    let mut pending = vec![(local.to_owned(), PathBuf::from(name), true)];
+    while let Some((path, name, top)) = pending.pop() {
+        let failed =
+            |error: io::Error| io_error(format!("could not read {}", path.display()), error);
+        // What the caller named is followed if it is a link; what lies below is copied as it is.
+        let metadata = if top {
+            std::fs::metadata(&path)
+        } else {
+            std::fs::symlink_metadata(&path)
+        }
+        .map_err(failed)?;
+        let kind = metadata.file_type();
+        if kind.is_dir() {
+            builder.append_dir(&name, &path).map_err(failed)?;
+            for entry in std::fs::read_dir(&path).map_err(failed)? {
+                let entry = entry.map_err(failed)?;
+                pending.push((entry.path(), name.join(entry.file_name()), false));
+            }
+        } else if kind.is_file() {
+            let mut file = std::fs::File::open(&path).map_err(failed)?;
+            builder.append_file(&name, &mut file).map_err(failed)?;
+        } else if kind.is_symlink() {
+            builder.append_path_with_name(&path, &name).map_err(failed)?;
+        } else {
+            // A socket or device means nothing in another machine.
+            continue;
+        }
+        files.fetch_add(1, Ordering::Relaxed);
+    }
+    builder
+        .into_inner()
+        .and_then(|mut queue| queue.flush())
+        .map_err(|error| io_error("could not send the files to the guest", error))
+}
+
+/// Unpacks a tar stream whose entries lie below one name, and puts that at `target` in `parent`.
+fn unpack(mut reader: PieceReader, parent: &Path, target: &Path) -> Result<u64> {
+    let failed = |error: io::Error| io_error(format!("could not write {}", target.display()), error);
+    // Unpacked beside the target and renamed, so that the target appears whole.
+    let staging = tempdir_in(parent).map_err(failed)?;
+    let mut files = 0;
+    let mut archive = tar::Archive::new(&mut reader);
+    // Bits above the permissions, such as set-user-id, do not leave the sandbox.
+    archive.set_preserve_permissions(false);
+    archive.set_overwrite(true);
+    for entry in archive.entries().map_err(failed)? {
+        let mut entry = entry.map_err(failed)?;
+        let kind = entry.header().entry_type();
+        if !(kind.is_file()
+            || kind.is_dir()
+            || kind.is_symlink()
+            || kind.is_hard_link()
+            || kind.is_gnu_sparse()
+            || kind.is_contiguous())
+        {
+            continue;
+        }
+        if entry.unpack_in(&staging.path).map_err(failed)? {
+            files += 1;
+        }
+    }
+    drop(archive);
+    reader.finish().map_err(failed)?;
+    for entry in std::fs::read_dir(&staging.path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        put(&entry.path(), target).map_err(failed)?;
+    }
+    Ok(files)
+}
+
+/// Moves a file or tree to `target`, into a directory that is there already entry by entry.
+fn put(from: &Path, target: &Path) -> io::Result<()> {
+    let both_directories = std::fs::symlink_metadata(from)?.is_dir() && target.is_dir();
+    if !both_directories {
+        return std::fs::rename(from, target);
+    }
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        put(&entry.path(), &target.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// A directory that is removed when it goes out of scope.
+struct Staging {
+    path: PathBuf,
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // A directory whose mode forbids it stays, under a name that says whose it is.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+fn tempdir_in(parent: &Path) -> io::Result<Staging> {
+    let mut seed = [0; 8];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
+    let path = parent.join(format!(".smolvm-download-{:016x}", u64::from_ne_bytes(seed)));
+    std::fs::create_dir(&path)?;
+    Ok(Staging { path })
+}
+
+/// The packing thread's end of the queue.
+struct PieceWriter {
+    sender: mpsc::Sender<Vec<u8>>,
+    piece: Vec<u8>,
+}
+
+impl Write for PieceWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(PIECE_BYTES - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..count]);
+        if self.piece.len() == PIECE_BYTES {
+            self.flush()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES));
+        self.sender.blocking_send(piece).map_err(|_| {
+            io::Error::new(io::ErrorKind::BrokenPipe, "the guest takes no more bytes")
+        })
+    }
+}
+
+/// The unpacking thread's end of the queue. An empty piece is the end; a queue that closes without
+/// one broke off.
+struct PieceReader {
+    pieces: mpsc::Receiver<Vec<u8>>,
+    piece: Vec<u8>,
+    at: usize,
+    ended: bool,
+}
+
+impl PieceReader {
+    fn new(pieces: mpsc::Receiver<Vec<u8>>) -> Self {
+        Self {
+            pieces,
+            piece: Vec::new(),
+            at: 0,
+            ended: false,
+        }
+    }
+
+    /// Reads what follows the archive's end, so that a cut stream is noticed.
+    fn finish(&mut self) -> io::Result<()> {
+        io::copy(self, &mut io::sink()).map(|_| ())
+    }
+}
+
+impl Read for PieceReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.piece.len() {
+            if self.ended {
+                return Ok(0);
+            }
+            match self.pieces.blocking_recv() {
+                Some(piece) if piece.is_empty() => self.ended = true,
+                Some(piece) => {
+                    self.piece = piece;
+                    self.at = 0;
+                }
+                None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            }
+        }
+        let count = buffer.len().min(self.piece.len() - self.at);
+        buffer[..count].copy_from_slice(&self.piece[self.at..self.at + count]);
+        self.at += count;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_paths_are_split() {
+        assert_eq!(split_guest("/a/b/").expect("a path"), ("/a", "b"));
+        assert_eq!(split_guest("/b").expect("a path"), ("/", "b"));
+        assert!(split_guest("/").is_err());
+        assert!(split_guest("/a/..").is_err());
+        assert!(absolute("a").is_err());
+    }
+
+    fn pieces(bytes: &[u8], whole: bool) -> PieceReader {
+        let (sender, receiver) = mpsc::channel(1000);
+        for piece in bytes.chunks(700) {
+            sender.try_send(piece.to_vec()).expect("room");
+        }
+        if whole {
+            sender.try_send(Vec::new()).expect("room");
+        }
+        PieceReader::new(receiver)
+    }
+
+    fn archive(entries: &[(&str, tar::EntryType, &str)]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, kind, text) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(*kind);
+            header.set_mode(0o4755);
+            let content = if *kind == tar::EntryType::Regular { text.as_bytes() } else { b"" };
+            header.set_size(content.len() as u64);
+            // Written as raw bytes, since the library refuses to write hostile names itself.
+            header.as_gnu_mut().expect("gnu").name[..name.len()].copy_from_slice(name.as_bytes());
+            if content.is_empty() && !text.is_empty() {
+                header.as_gnu_mut().expect("gnu").linkname[..text.len()]
+                    .copy_from_slice(text.as_bytes());
+            }
+            header.set_cksum();
+            builder.append(&header, content).expect("memory");
+        }
+        builder.into_inner().expect("memory")
+    }
+
+    #[test]
+    fn a_hostile_archive_stays_inside_its_target() {
+        use tar::EntryType;
+        let dir = tempfile::tempdir().expect("a directory");
+        let outside = dir.path().join("outside");
+        std::fs::create_dir(&outside).expect("a directory");
+        let parent = dir.path().join("parent");
+        std::fs::create_dir(&parent).expect("a directory");
+        let bytes = archive(&[
+            ("../outside/a", EntryType::Regular, "x"),
+            ("/outside/b", EntryType::Regular, "x"),
+            ("t/link", EntryType::Symlink, "../../../outside"),
+            ("t/link/c", EntryType::Regular, "x"),
+        ]);
+        let outcome = unpack(pieces(&bytes, true), &parent, &parent.join("t"));
+        assert!(outcome.is_err(), "{outcome:?}");
+        assert_eq!(std::fs::read_dir(&outside).expect("outside").count(), 0);
+        assert_eq!(std::fs::read_dir(&parent).expect("parent").count(), 0);
+    }
+
+    #[test]
+    fn a_cut_archive_leaves_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let text = "y".repeat(10_000);
+        let bytes = archive(&[("f", tar::EntryType::Regular, &text)]);
+        for (cut, whole) in [(3000, false), (bytes.len(), false), (3000, true)] {
+            let outcome = unpack(pieces(&bytes[..cut], whole), dir.path(), &dir.path().join("f"));
+            assert!(outcome.is_err(), "cut at {cut}");
+            assert_eq!(std::fs::read_dir(dir.path()).expect("entries").count(), 0);
+        }
+        let files = unpack(pieces(&bytes, true), dir.path(), &dir.path().join("g")).expect("whole");
+        assert_eq!(files, 1);
+        let target = dir.path().join("g");
+        assert_eq!(std::fs::read_to_string(&target).expect("text"), text);
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(&target).expect("metadata").permissions(),
+        );
+        assert_eq!(mode & 0o7000, 0, "set-user-id does not leave the sandbox");
+    }
+}

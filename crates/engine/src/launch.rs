@@ -1,0 +1,110 @@
+//! What a keeper is told, and how it is started.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+use smolvm_host::os::Lock;
+use smolvm_vmm::VmPlan;
+
+use crate::error::{Error, ErrorKind, Result, io};
+use crate::layout::{SOCKET_NAME, SandboxDir};
+
+/// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
+/// starts; made anew at each start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// The sandbox's id.
+    pub id: String,
+    /// The sandbox's name, which is also the guest's host name.
+    pub name: String,
+    /// The data directory.
+    pub data_dir: std::path::PathBuf,
+    /// Name of the engine that runs the machine.
+    pub engine: String,
+    /// The machine.
+    pub vm: VmPlan,
+    /// Environment of every command.
+    pub env: Vec<(String, String)>,
+    /// Working directory of commands that name none.
+    pub workdir: Option<String>,
+    /// User of commands that name none.
+    pub user: Option<String>,
+    /// Milliseconds from the start at which the sandbox is destroyed.
+    pub ttl_ms: Option<u64>,
+    /// Whether the sandbox is destroyed as soon as it stops.
+    pub ephemeral: bool,
+    /// Milliseconds the guest may take from start to ready.
+    pub boot_timeout_ms: u64,
+}
+
+impl Launch {
+    /// Reads what [`Launch`] was written to `path`.
+    pub fn read(path: &Path) -> Result<Self> {
+        let doing = || format!("could not read the launch file {}", path.display());
+        let bytes = std::fs::read(path).map_err(|error| io(doing(), error))?;
+        serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))
+    }
+}
+
+/// Listens on the socket of a sandbox, in place of one left over.
+///
+/// The engine listens and the keeper inherits, so a client can connect from the first moment and
+/// nobody waits for a socket to appear.
+pub(crate) fn listen(dir: &SandboxDir) -> std::io::Result<UnixListener> {
+    use rustix::fs::{Mode, OFlags};
+    use std::os::fd::AsRawFd;
+
+    match std::fs::remove_file(dir.socket()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // Through the descriptor, because the path may be longer than a socket's address holds.
+    let descriptor = rustix::fs::open(
+        dir.path(),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    UnixListener::bind(format!(
+        "/proc/self/fd/{}/{SOCKET_NAME}",
+        descriptor.as_raw_fd()
+    ))
+}
+
+/// Starts a keeper. It inherits the listening socket as standard input, the sandbox's lock as
+/// standard output and its log as standard error: no descriptor has to be smuggled past exec.
+pub(crate) fn spawn(
+    keeper: &Path,
+    dir: &SandboxDir,
+    listener: UnixListener,
+    lock: Lock,
+    log: File,
+) -> Result<()> {
+    let mut child = Command::new(keeper)
+        .arg(dir.launch_file())
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(Stdio::from(OwnedFd::from(lock)))
+        .stderr(Stdio::from(log))
+        .spawn()
+        .map_err(|error| {
+            let failure = io(format!("could not start the keeper {}", keeper.display()), error);
+            if failure.kind() == ErrorKind::NotFound {
+                failure.hint("install smolvm-keeper beside smolvm")
+            } else {
+                failure
+            }
+        })?;
+    // The keeper outlives most callers. A caller that lives longer must not collect zombies, and
+    // this thread costs less than asking a second process to be the parent.
+    let _ = std::thread::Builder::new()
+        .name("keeper-wait".to_owned())
+        .stack_size(64 * 1024)
+        .spawn(move || child.wait());
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! Where everything lies below the data directory. Every path is derived, none is stored, so that
+//! leftovers are found even if the database is lost.
+//!
+//! ```text
+//! state.db                         the store
+//! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
+//! kernels/<release>/               vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
+//! cache/ext4-<size MiB>.img        empty writable layers to copy
+//! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log
+//! ```
+
+use std::path::{Path, PathBuf};
+
+/// The data directory.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    /// The layout below `root`.
+    #[must_use]
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The data directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The state database.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.root.join("state.db")
+    }
+
+    /// All images.
+    #[must_use]
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    /// One image, by its digest (`sha256:…`).
+    #[must_use]
+    pub fn image(&self, digest: &str) -> PathBuf {
+        self.images().join(digest.replace(':', "-"))
+    }
+
+    /// All kernels.
+    #[must_use]
+    pub fn kernels(&self) -> PathBuf {
+        self.root.join("kernels")
+    }
+
+    /// Files that can be made again.
+    #[must_use]
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// An empty writable layer of this size.
+    #[must_use]
+    pub fn empty_layer(&self, size_mib: u32) -> PathBuf {
+        self.cache().join(format!("ext4-{size_mib}.img"))
+    }
+
+    /// All sandboxes.
+    #[must_use]
+    pub fn sandboxes(&self) -> PathBuf {
+        self.root.join("sandboxes")
+    }
+
+    /// One sandbox.
+    #[must_use]
+    pub fn sandbox(&self, id: &str) -> SandboxDir {
+        SandboxDir {
+            path: self.sandboxes().join(id),
+        }
+    }
+}
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone)]
+pub struct SandboxDir {
+    path: PathBuf,
+}
+
+impl SandboxDir {
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Locked by whoever runs the sandbox: first the process that starts it, then its keeper.
+    #[must_use]
+    pub fn lock(&self) -> PathBuf {
+        self.path.join("lock")
+    }
+
+    /// What the keeper is told.
+    #[must_use]
+    pub fn launch_file(&self) -> PathBuf {
+        self.path.join("launch.json")
+    }
+
+    /// The keeper's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path.join(SOCKET_NAME)
+    }
+
+    /// The writable layer.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk.ext4")
+    }
+
+    /// What the guest wrote to its console.
+    #[must_use]
+    pub fn console(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    /// What the keeper had to say.
+    #[must_use]
+    pub fn keeper_log(&self) -> PathBuf {
+        self.path.join("keeper.log")
+    }
+}
+
+/// File name of the keeper's socket in the sandbox's directory.
+pub const SOCKET_NAME: &str = "keeper.sock";

@@ -1,0 +1,135 @@
+//! From a sandbox's row and the facts of the host to a launch in which nothing is left to decide.
+//! Pure: no clock, no randomness, no file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use smolvm_vmm::{Accel, DiskPlan, VmPlan};
+
+use crate::launch::Launch;
+use crate::layout::Layout;
+use crate::spec::DiskMode;
+use crate::store::SandboxRow;
+
+/// What planning has to know about the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostFacts {
+    /// The engine's program.
+    pub(crate) qemu: PathBuf,
+    /// How guest instructions run.
+    pub(crate) accel: Accel,
+    /// Frequency of the time-stamp counter in kHz, measured where the machine needs it.
+    pub(crate) tsc_khz: Option<u64>,
+    /// The kernel.
+    pub(crate) vmlinux: PathBuf,
+    /// The initial RAM file system.
+    pub(crate) initramfs: PathBuf,
+    /// Most time from start to ready.
+    pub(crate) boot_timeout: Duration,
+}
+
+/// Where a sandbox's changes go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Layer {
+    /// This file, to be made from an empty layer if it is not there.
+    File(PathBuf),
+    /// The guest's memory.
+    Memory,
+}
+
+/// Where a sandbox's changes go.
+pub(crate) fn layer(row: &SandboxRow, layout: &Layout) -> Layer {
+    match row.spec.disk_mode {
+        DiskMode::Isolated => Layer::File(layout.sandbox(&row.id).disk()),
+        DiskMode::Shared => Layer::File(layout.image(&row.image_digest).join("shared.ext4")),
+        DiskMode::Memory => Layer::Memory,
+    }
+}
+
+/// The launch of a sandbox on this host.
+pub(crate) fn plan(row: &SandboxRow, layout: &Layout, facts: &HostFacts) -> Launch {
+    let mut disks = vec![DiskPlan {
+        path: layout.image(&row.image_digest).join("root.erofs"),
+        read_only: true,
+    }];
+    let upper = match layer(row, layout) {
+        Layer::File(path) => {
+            disks.push(DiskPlan {
+                path,
+                read_only: false,
+            });
+            "/dev/vdb"
+        }
+        Layer::Memory => "tmpfs",
+    };
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    Launch {
+        id: row.id.clone(),
+        name: row.spec.name.to_string(),
+        data_dir: layout.root().to_owned(),
+        engine: "qemu".to_owned(),
+        vm: VmPlan {
+            name: format!("smolvm-{}", row.spec.name),
+            program: facts.qemu.clone(),
+            accel: facts.accel,
+            cpus: row.spec.cpus,
+            memory_mib: row.spec.memory_mib,
+            kernel: facts.vmlinux.clone(),
+            initrd: facts.initramfs.clone(),
+            cmdline: format!(
+                "smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"
+            ),
+            disks,
+            tsc_khz: facts.tsc_khz,
+        },
+        env: row.spec.env.clone(),
+        workdir: row.spec.workdir.clone(),
+        user: row.spec.user.clone(),
+        ttl_ms: row.spec.ttl.map(millis),
+        ephemeral: row.spec.ephemeral,
+        boot_timeout_ms: millis(facts.boot_timeout),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::rows::tests::row;
+
+    fn facts() -> HostFacts {
+        HostFacts {
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            accel: Accel::Emulation,
+            tsc_khz: Some(2_445_425),
+            vmlinux: "/d/kernels/stock/vmlinux".into(),
+            initramfs: "/d/kernels/stock/initramfs.cpio".into(),
+            boot_timeout: Duration::from_secs(60),
+        }
+    }
+
+    #[test]
+    fn each_disk_mode_has_its_layer() {
+        let layout = Layout::new("/d".into());
+        let mut row = row("a");
+        for (mode, disks, upper) in [
+            (DiskMode::Isolated, vec!["/d/images/sha256-0/root.erofs", "/d/sandboxes/id-a/disk.ext4"], "/dev/vdb"),
+            (DiskMode::Shared, vec!["/d/images/sha256-0/root.erofs", "/d/images/sha256-0/shared.ext4"], "/dev/vdb"),
+            (DiskMode::Memory, vec!["/d/images/sha256-0/root.erofs"], "tmpfs"),
+        ] {
+            row.spec.disk_mode = mode;
+            let launch = plan(&row, &layout, &facts());
+            let paths: Vec<_> = launch.vm.disks.iter().map(|disk| disk.path.to_str().expect("utf-8")).collect();
+            assert_eq!(paths, disks);
+            assert!(launch.vm.disks[0].read_only);
+            assert!(launch.vm.cmdline.ends_with(&format!("smolvm.upper={upper}")));
+        }
+    }
+
+    #[test]
+    fn a_launch_comes_back_as_it_was_written() {
+        let launch = plan(&row("a"), &Layout::new("/d".into()), &facts());
+        let text = serde_json::to_string(&launch).expect("json");
+        assert_eq!(serde_json::from_str::<Launch>(&text).expect("json"), launch);
+        assert_eq!(launch.ttl_ms, Some(7000));
+    }
+}

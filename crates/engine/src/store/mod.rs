@@ -1,0 +1,196 @@
+//! The one record of what exists: SQLite in WAL mode.
+//!
+//! A sandbox's row is written before anything of it exists and removed after everything of it is
+//! gone, so a crash at any moment leaves a row that says what to look for. State changes are
+//! conditional updates: of two processes that want to start one sandbox, one wins, and the other
+//! sees who did. Columns, not blobs; schema changes are numbered files in `schema/`.
+
+pub(crate) mod rows;
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+use rusqlite_migration::{M, Migrations, SchemaVersion};
+
+use crate::error::{Error, ErrorKind, Result};
+
+pub use rows::{ImageRow, SandboxRow, State};
+
+/// Every schema change, oldest first. Only ever appended to.
+const MIGRATIONS: &[&str] = &[include_str!("../../schema/0001_initial.sql")];
+
+/// How long a writer waits for another one. Transactions here take well under a millisecond.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An open database.
+#[derive(Debug)]
+pub struct Store {
+    connection: Connection,
+}
+
+impl Store {
+    /// Opens the database, making it if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::State`] if it is damaged or was written by a newer SmolVM.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, OpenFlags::SQLITE_OPEN_CREATE)
+    }
+
+    /// Opens the database if it is there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::open`].
+    pub fn open_existing(path: &Path) -> Result<Option<Self>> {
+        match path.try_exists() {
+            Ok(false) => Ok(None),
+            Ok(true) => Self::open_with(path, OpenFlags::empty()).map(Some),
+            Err(error) => Err(crate::error::io(
+                format!("could not look for the state database {}", path.display()),
+                error,
+            )),
+        }
+    }
+
+    fn open_with(path: &Path, extra: OpenFlags) -> Result<Self> {
+        let doing = || format!("could not open the state database {}", path.display());
+        // No SQLite mutex: a `Connection` is used by one thread at a time, as Rust's types ensure.
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | extra;
+        let connection =
+            Connection::open_with_flags(path, flags).map_err(|error| sql(doing(), error))?;
+        connection
+            .busy_timeout(BUSY_TIMEOUT)
+            .and_then(|()| connection.pragma_update(None, "journal_mode", "wal"))
+            // In WAL mode NORMAL survives a crash of any process; only a power cut may lose the last
+            // transactions, and after one no sandbox runs anyway (sqlite.org/pragma.html#pragma_synchronous).
+            .and_then(|()| connection.pragma_update(None, "synchronous", "normal"))
+            .and_then(|()| connection.pragma_update(None, "foreign_keys", true))
+            .map_err(|error| sql(doing(), error))?;
+        let mut store = Self { connection };
+        store.migrate(path)?;
+        Ok(store)
+    }
+
+    fn migrate(&mut self, path: &Path) -> Result<()> {
+        let migrations = Migrations::from_iter(MIGRATIONS.iter().map(|sql| M::up(sql)));
+        let doing = || format!("could not prepare the state database {}", path.display());
+        let version: i64 = self
+            .connection
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(|error| sql(doing(), error))?;
+        let newest = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
+        if version == newest {
+            return Ok(());
+        }
+        if version > newest {
+            return Err(Error::new(
+                ErrorKind::State,
+                format!(
+                    "the state database {} has schema version {version}, this program knows {newest} at most",
+                    path.display()
+                ),
+            )
+            .hint("use the newer smolvm that wrote it, or another --data-dir"));
+        }
+        // Two new processes may both find an old schema. The migration's transaction is exclusive,
+        // and the version is read again inside it.
+        migrations
+            .to_latest(&mut self.connection)
+            .or_else(|error| match migrations.current_version(&self.connection) {
+                Ok(SchemaVersion::Inside(inside)) if inside.get() == MIGRATIONS.len() => Ok(()),
+                _ => Err(error),
+            })
+            .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))
+    }
+}
+
+/// A database failure with what was being done.
+fn sql(doing: impl Into<String>, error: rusqlite::Error) -> Error {
+    use rusqlite::ErrorCode;
+    let kind = match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => ErrorKind::Busy,
+        Some(ErrorCode::DiskFull) => ErrorKind::NoSpace,
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            ErrorKind::PermissionDenied
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => ErrorKind::State,
+        _ => ErrorKind::Internal,
+    };
+    Error::new(kind, doing).because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema(connection: &Connection) -> Vec<(String, String)> {
+        let mut statement = connection
+            .prepare("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name")
+            .expect("a query");
+        statement
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+            .expect("rows")
+            .collect::<Result<_, _>>()
+            .expect("rows")
+    }
+
+    #[test]
+    fn a_fresh_database_equals_an_upgraded_one() {
+        let fresh = Connection::open_in_memory().expect("memory");
+        fresh
+            .execute_batch(include_str!("../../schema/current.sql"))
+            .expect("the full schema");
+        for from in 0..MIGRATIONS.len() {
+            let mut upgraded = Connection::open_in_memory().expect("memory");
+            let migrations = Migrations::from_iter(MIGRATIONS.iter().map(|sql| M::up(sql)));
+            migrations.to_version(&mut upgraded, from).expect("an old version");
+            migrations.to_latest(&mut upgraded).expect("the newest version");
+            assert_eq!(schema(&fresh), schema(&upgraded));
+        }
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        drop(Store::open(&path).expect("a store"));
+        let connection = Connection::open(&path).expect("the file");
+        connection.pragma_update(None, "user_version", 99).expect("a version");
+        drop(connection);
+        let error = Store::open(&path).expect_err("too new");
+        assert_eq!(error.kind(), ErrorKind::State);
+        assert!(error.to_string().contains("version 99"), "{error}");
+    }
+
+    #[test]
+    fn garbage_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        std::fs::write(&path, vec![b'x'; 8192]).expect("a file");
+        let error = Store::open(&path).expect_err("not a database");
+        assert_eq!(error.kind(), ErrorKind::State);
+        assert_eq!(std::fs::read(&path).expect("the file"), vec![b'x'; 8192]);
+    }
+
+    #[test]
+    fn sixteen_processes_may_create_the_database_at_once() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| Store::open(&path).expect("a store"));
+            }
+        });
+    }
+
+    #[test]
+    fn an_absent_database_is_not_made_by_looking() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        assert!(Store::open_existing(&path).expect("a look").is_none());
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,622 @@
+//! Rows in and out of the store.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rusqlite::types::Type;
+use rusqlite::{Row, named_params, params};
+use smolvm_host::process::ProcessIdentity;
+
+use super::{Store, sql};
+use crate::error::{Error, ErrorKind, Result};
+use crate::spec::{DiskMode, SandboxName, SandboxSpec};
+
+/// Where a sandbox is in its life.
+///
+/// ```text
+/// created ──start──> starting ──ready──> running ──stop──> stopping ──> stopped ──start──> …
+///                        └──── never ready, or its keeper died ────> error ──start──> …
+/// any ──delete──> deleting ──> (no row)
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Made, never started.
+    Created,
+    /// Its machine is coming up.
+    Starting,
+    /// Its guest serves.
+    Running,
+    /// Its guest is going down.
+    Stopping,
+    /// Off; can be started again.
+    Stopped,
+    /// Off, and not because anybody asked; the reason says why. Can be started again.
+    Error,
+    /// Being removed.
+    Deleting,
+}
+
+impl State {
+    /// All states.
+    pub const ALL: [Self; 7] = [
+        Self::Created,
+        Self::Starting,
+        Self::Running,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Error,
+        Self::Deleting,
+    ];
+
+    /// The state's name in tables and in the store.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Error => "error",
+            Self::Deleting => "deleting",
+        }
+    }
+
+    /// Whether a process is meant to hold the sandbox in this state.
+    #[must_use]
+    pub fn is_held(self) -> bool {
+        match self {
+            Self::Starting | Self::Running | Self::Stopping => true,
+            Self::Created | Self::Stopped | Self::Error | Self::Deleting => false,
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A sandbox's row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxRow {
+    /// Sixteen hexadecimal digits; every host thing is named after it.
+    pub id: String,
+    /// State.
+    pub state: State,
+    /// Why it is in that state, for people.
+    pub reason: Option<String>,
+    /// What it was asked to be.
+    pub spec: SandboxSpec,
+    /// Digest of its image at creation.
+    pub image_digest: String,
+    /// Directory name of its kernel.
+    pub kernel: String,
+    /// Engine of the last start.
+    pub engine: Option<String>,
+    /// Acceleration of the last start.
+    pub accel: Option<String>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it was last started.
+    pub started_at: Option<Timestamp>,
+    /// When it last stopped.
+    pub stopped_at: Option<Timestamp>,
+    /// Who holds it: while it starts the process that starts it, then its keeper. For an
+    /// ephemeral sandbox also the process that made it.
+    pub holder: Option<ProcessIdentity>,
+    /// The VMM of the last start.
+    pub vmm: Option<ProcessIdentity>,
+}
+
+/// An image's row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRow {
+    /// Name.
+    pub name: String,
+    /// `sha256:` and 64 hexadecimal digits, of the root file system image.
+    pub digest: String,
+    /// Size of that in bytes.
+    pub size_bytes: u64,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Where it came from, for people.
+    pub source: String,
+}
+
+const SANDBOX_COLUMNS: &str = "id, name, state, reason, image, image_digest, kernel, cpus, memory_mib, \
+     disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, engine, accel, created_ms, started_ms, \
+     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start";
+
+impl Store {
+    /// Writes a new sandbox in state `created`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`] if the name is taken.
+    pub fn insert_sandbox(&mut self, row: &SandboxRow) -> Result<()> {
+        let doing = || format!("could not record sandbox `{}`", row.spec.name);
+        let transaction = self
+            .connection
+            .transaction()
+            .map_err(|error| sql(doing(), error))?;
+        transaction
+            .prepare_cached(
+                "INSERT INTO sandboxes (id, name, state, image, image_digest, kernel, cpus, memory_mib, \
+                 disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, created_ms, boot_id, holder_pid, \
+                 holder_start) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
+                 :memory_mib, :disk_mib, :disk_mode, :workdir, :user, :ttl_ms, :ephemeral, :created_ms, \
+                 :boot_id, :holder_pid, :holder_start)",
+            )
+            .and_then(|mut statement| {
+                statement.execute(named_params! {
+                    ":id": row.id,
+                    ":name": row.spec.name.as_str(),
+                    ":state": row.state.as_str(),
+                    ":image": row.spec.image,
+                    ":image_digest": row.image_digest,
+                    ":kernel": row.kernel,
+                    ":cpus": row.spec.cpus,
+                    ":memory_mib": row.spec.memory_mib,
+                    ":disk_mib": row.spec.disk_mib,
+                    ":disk_mode": row.spec.disk_mode.as_str(),
+                    ":workdir": row.spec.workdir,
+                    ":user": row.spec.user,
+                    ":ttl_ms": row.spec.ttl.map(millis),
+                    ":ephemeral": row.spec.ephemeral,
+                    ":created_ms": row.created_at.as_millisecond(),
+                    ":boot_id": row.holder.as_ref().map(|holder| &holder.boot_id),
+                    ":holder_pid": row.holder.as_ref().map(|holder| holder.pid),
+                    ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
+                })
+            })
+            .map_err(|error| match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => Error::new(
+                    ErrorKind::AlreadyExists,
+                    format!("a sandbox named `{}` exists already", row.spec.name),
+                )
+                .hint(format!(
+                    "choose another --name, or remove it with `smolvm rm {}`",
+                    row.spec.name
+                )),
+                _ => sql(doing(), error),
+            })?;
+        for (name, value) in &row.spec.env {
+            transaction
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO sandbox_env (sandbox_id, name, value) VALUES (?, ?, ?)",
+                )
+                .and_then(|mut statement| statement.execute(params![row.id, name, value]))
+                .map_err(|error| sql(doing(), error))?;
+        }
+        transaction.commit().map_err(|error| sql(doing(), error))
+    }
+
+    /// Moves a sandbox to `starting` with `holder` as the process that starts it, if it is in one
+    /// of `from`. Says whether it did: of two starters one wins.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] if another sandbox writes to the layer this one shares.
+    pub fn begin_start(
+        &mut self,
+        id: &str,
+        from: &[State],
+        holder: &ProcessIdentity,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let text = format!(
+            "UPDATE sandboxes SET state = 'starting', reason = NULL, started_ms = ?2, stopped_ms = NULL, \
+             boot_id = ?3, holder_pid = ?4, holder_start = ?5, vmm_pid = NULL, vmm_start = NULL \
+             WHERE id = ?1 AND state IN ({})",
+            list(from)
+        );
+        let values = params![
+            id,
+            now.as_millisecond(),
+            holder.boot_id,
+            holder.pid,
+            to_sql(holder.start_time_ticks)
+        ];
+        match self
+            .connection
+            .prepare_cached(&text)
+            .and_then(|mut statement| statement.execute(values))
+        {
+            Ok(changed) => Ok(changed == 1),
+            Err(error)
+                if error.sqlite_error_code()
+                    == Some(rusqlite::ErrorCode::ConstraintViolation) =>
+            {
+                Err(Error::new(
+                    ErrorKind::Busy,
+                    "another running sandbox writes to the shared disk of this image",
+                )
+                .hint("stop that one first, or create this one with --disk-mode isolated"))
+            }
+            Err(error) => Err(sql(format!("could not record that sandbox {id} starts"), error)),
+        }
+    }
+
+    /// Moves a sandbox to state `to`, if it is in one of `from`. Says whether it did.
+    ///
+    /// # Panics
+    ///
+    /// If `to` is [`State::Starting`], which needs a holder: see [`Store::begin_start`].
+    pub fn transition(
+        &mut self,
+        id: &str,
+        from: &[State],
+        to: State,
+        reason: Option<&str>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        assert_ne!(to, State::Starting, "a start needs a holder");
+        let stopped = matches!(to, State::Stopped | State::Error).then(|| now.as_millisecond());
+        let text = format!(
+            "UPDATE sandboxes SET state = ?2, reason = ?3, stopped_ms = coalesce(?4, stopped_ms) \
+             WHERE id = ?1 AND state IN ({})",
+            list(from)
+        );
+        self.connection
+            .prepare_cached(&text)
+            .and_then(|mut statement| statement.execute(params![id, to.as_str(), reason, stopped]))
+            .map(|changed| changed == 1)
+            .map_err(|error| sql(format!("could not record that sandbox {id} is {to}"), error))
+    }
+
+    /// Records the processes of a sandbox that is `starting`. Says whether it still is: if not,
+    /// somebody has declared it dead, and the processes are to end.
+    pub fn set_processes(
+        &mut self,
+        id: &str,
+        engine: &str,
+        accel: &str,
+        keeper: &ProcessIdentity,
+        vmm: &ProcessIdentity,
+    ) -> Result<bool> {
+        self.connection
+            .prepare_cached(
+                "UPDATE sandboxes SET engine = ?2, accel = ?3, boot_id = ?4, holder_pid = ?5, \
+                 holder_start = ?6, vmm_pid = ?7, vmm_start = ?8 WHERE id = ?1 AND state = 'starting'",
+            )
+            .and_then(|mut statement| {
+                statement.execute(params![
+                    id,
+                    engine,
+                    accel,
+                    keeper.boot_id,
+                    keeper.pid,
+                    to_sql(keeper.start_time_ticks),
+                    vmm.pid,
+                    to_sql(vmm.start_time_ticks),
+                ])
+            })
+            .map(|changed| changed == 1)
+            .map_err(|error| sql(format!("could not record the processes of sandbox {id}"), error))
+    }
+
+    /// Removes a sandbox's row. Idempotent.
+    pub fn delete_sandbox(&mut self, id: &str) -> Result<()> {
+        self.connection
+            .prepare_cached("DELETE FROM sandboxes WHERE id = ?")
+            .and_then(|mut statement| statement.execute([id]))
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not remove the record of sandbox {id}"), error))
+    }
+
+    /// A sandbox by its name.
+    pub fn sandbox_named(&self, name: &str) -> Result<Option<SandboxRow>> {
+        Ok(self.select("WHERE name = ?", &[name])?.pop())
+    }
+
+    /// A sandbox by its id.
+    pub fn sandbox(&self, id: &str) -> Result<Option<SandboxRow>> {
+        Ok(self.select("WHERE id = ?", &[id])?.pop())
+    }
+
+    /// All sandboxes, oldest first.
+    pub fn sandboxes(&self) -> Result<Vec<SandboxRow>> {
+        self.select("ORDER BY created_ms, id", &[])
+    }
+
+    fn select(&self, clause: &str, values: &[&str]) -> Result<Vec<SandboxRow>> {
+        let doing = "could not read the sandboxes in the state database";
+        let mut statement = self
+            .connection
+            .prepare_cached(&format!("SELECT {SANDBOX_COLUMNS} FROM sandboxes {clause}"))
+            .map_err(|error| sql(doing, error))?;
+        let mut rows = statement
+            .query_map(rusqlite::params_from_iter(values), read_sandbox)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|error| sql(doing, error))?;
+        let mut env = self
+            .connection
+            .prepare_cached("SELECT name, value FROM sandbox_env WHERE sandbox_id = ? ORDER BY name")
+            .map_err(|error| sql(doing, error))?;
+        for row in &mut rows {
+            row.spec.env = env
+                .query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))
+                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .map_err(|error| sql(doing, error))?;
+        }
+        Ok(rows)
+    }
+
+    /// Writes an image, in place of an older one of its name.
+    pub fn put_image(&mut self, image: &ImageRow) -> Result<()> {
+        self.connection
+            .execute(
+                "INSERT OR REPLACE INTO images (name, digest, size_bytes, created_ms, source) \
+                 VALUES (?, ?, ?, ?, ?)",
+                params![
+                    image.name,
+                    image.digest,
+                    to_sql(image.size_bytes),
+                    image.created_at.as_millisecond(),
+                    image.source
+                ],
+            )
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not record image `{}`", image.name), error))
+    }
+
+    /// All images, by name.
+    pub fn images(&self) -> Result<Vec<ImageRow>> {
+        let doing = "could not read the images in the state database";
+        self.connection
+            .prepare_cached("SELECT name, digest, size_bytes, created_ms, source FROM images ORDER BY name")
+            .and_then(|mut statement| {
+                statement
+                    .query_map([], |row| {
+                        Ok(ImageRow {
+                            name: row.get(0)?,
+                            digest: row.get(1)?,
+                            size_bytes: from_sql(row.get(2)?),
+                            created_at: instant(row, 3)?,
+                            source: row.get(4)?,
+                        })
+                    })
+                    .and_then(Iterator::collect)
+            })
+            .map_err(|error| sql(doing, error))
+    }
+
+    /// An image by its name.
+    pub fn image(&self, name: &str) -> Result<Option<ImageRow>> {
+        Ok(self.images()?.into_iter().find(|image| image.name == name))
+    }
+
+    /// Something measured on this host since it was started, by its name.
+    pub fn host_fact(&self, name: &str, boot_id: &str) -> Result<Option<String>> {
+        self.connection
+            .prepare_cached("SELECT value FROM host_facts WHERE name = ? AND boot_id = ?")
+            .and_then(|mut statement| {
+                let mut rows = statement.query([name, boot_id])?;
+                rows.next()?.map(|row| row.get(0)).transpose()
+            })
+            .map_err(|error| sql(format!("could not read the host fact `{name}`"), error))
+    }
+
+    /// Remembers something measured on this host until it is started again.
+    pub fn put_host_fact(&mut self, name: &str, boot_id: &str, value: &str) -> Result<()> {
+        self.connection
+            .execute(
+                "INSERT OR REPLACE INTO host_facts (name, boot_id, value) VALUES (?, ?, ?)",
+                [name, boot_id, value],
+            )
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not record the host fact `{name}`"), error))
+    }
+}
+
+fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
+    let state: String = row.get(2)?;
+    let mode: String = row.get(10)?;
+    let name: String = row.get(1)?;
+    let spec = SandboxSpec {
+        name: SandboxName::from_str(&name).map_err(|error| column(1, error))?,
+        image: row.get(4)?,
+        cpus: row.get(7)?,
+        memory_mib: row.get(8)?,
+        disk_mib: row.get(9)?,
+        disk_mode: DiskMode::from_str(&mode).map_err(|error| column(10, error))?,
+        env: Vec::new(),
+        workdir: row.get(11)?,
+        user: row.get(12)?,
+        ttl: row
+            .get::<_, Option<i64>>(13)?
+            .map(|ttl| Duration::from_millis(from_sql(ttl))),
+        ephemeral: row.get(14)?,
+        kernel: None,
+    };
+    let boot_id: Option<String> = row.get(20)?;
+    let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {
+        Ok(row
+            .get::<_, Option<i32>>(pid)?
+            .zip(row.get::<_, Option<i64>>(pid + 1)?)
+            .map(|(pid, start)| ProcessIdentity {
+                pid,
+                start_time_ticks: from_sql(start),
+                boot_id: boot_id.to_owned(),
+            }))
+    };
+    let (holder, vmm) = match boot_id.as_deref() {
+        Some(boot_id) => (process(21, boot_id)?, process(23, boot_id)?),
+        None => (None, None),
+    };
+    Ok(SandboxRow {
+        id: row.get(0)?,
+        state: State::ALL
+            .into_iter()
+            .find(|known| known.as_str() == state)
+            .ok_or_else(|| column(2, Error::new(ErrorKind::State, "unknown state")))?,
+        reason: row.get(3)?,
+        spec,
+        image_digest: row.get(5)?,
+        kernel: row.get(6)?,
+        engine: row.get(15)?,
+        accel: row.get(16)?,
+        created_at: instant(row, 17)?,
+        started_at: row
+            .get::<_, Option<i64>>(18)?
+            .map(|_| instant(row, 18))
+            .transpose()?,
+        stopped_at: row
+            .get::<_, Option<i64>>(19)?
+            .map(|_| instant(row, 19))
+            .transpose()?,
+        holder,
+        vmm,
+    })
+}
+
+/// States as an SQL list; they are words of ours.
+fn list(states: &[State]) -> String {
+    let quoted: Vec<String> = states.iter().map(|state| format!("'{state}'")).collect();
+    quoted.join(", ")
+}
+
+fn column(at: usize, error: Error) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(at, Type::Text, Box::new(error))
+}
+
+fn instant(row: &Row<'_>, at: usize) -> rusqlite::Result<Timestamp> {
+    Timestamp::from_millisecond(row.get(at)?).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(at, Type::Integer, Box::new(error))
+    })
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// SQLite's integers are signed; sizes and ticks never reach the last bit.
+fn to_sql(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn from_sql(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn row(name: &str) -> SandboxRow {
+        SandboxRow {
+            id: format!("id-{name}"),
+            state: State::Created,
+            reason: None,
+            spec: SandboxSpec {
+                env: vec![("A".to_owned(), "1".to_owned())],
+                workdir: Some("/tmp".to_owned()),
+                ttl: Some(Duration::from_secs(7)),
+                ..SandboxSpec::new(name.parse().expect("a name"))
+            },
+            image_digest: "sha256:0".to_owned(),
+            kernel: "6.1".to_owned(),
+            engine: None,
+            accel: None,
+            created_at: Timestamp::from_millisecond(1_000).expect("an instant"),
+            started_at: None,
+            stopped_at: None,
+            holder: None,
+            vmm: None,
+        }
+    }
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(&dir.path().join("state.db")).expect("a store");
+        (dir, store)
+    }
+
+    fn now() -> Timestamp {
+        Timestamp::from_millisecond(2_000).expect("an instant")
+    }
+
+    fn process(pid: i32) -> ProcessIdentity {
+        ProcessIdentity {
+            pid,
+            start_time_ticks: 7,
+            boot_id: "b".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_row_comes_back_as_it_was_written() {
+        let (_dir, mut store) = store();
+        let written = row("a");
+        store.insert_sandbox(&written).expect("written");
+        assert_eq!(store.sandbox_named("a").expect("read"), Some(written));
+        assert!(
+            store.begin_start("id-a", &[State::Created], &process(5), now()).expect("written")
+        );
+        assert!(
+            store
+                .set_processes("id-a", "qemu", "kvm", &process(1), &process(3))
+                .expect("written")
+        );
+        let read = store.sandbox("id-a").expect("read").expect("there");
+        assert_eq!((read.holder, read.vmm), (Some(process(1)), Some(process(3))));
+        store.delete_sandbox("id-a").expect("deleted");
+        store.delete_sandbox("id-a").expect("deleted again");
+        assert_eq!(store.sandboxes().expect("read"), vec![]);
+    }
+
+    #[test]
+    fn a_name_is_taken_once() {
+        let (_dir, mut store) = store();
+        store.insert_sandbox(&row("a")).expect("written");
+        let mut second = row("a");
+        second.id = "other".to_owned();
+        let error = store.insert_sandbox(&second).expect_err("taken");
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn of_two_starters_one_wins() {
+        let (_dir, mut store) = store();
+        store.insert_sandbox(&row("a")).expect("written");
+        let from = [State::Created, State::Stopped];
+        assert!(store.begin_start("id-a", &from, &process(1), now()).expect("won"));
+        assert!(!store.begin_start("id-a", &from, &process(1), now()).expect("lost"));
+        let read = store.sandbox("id-a").expect("read").expect("there");
+        assert_eq!(read.started_at, Some(now()));
+    }
+
+    #[test]
+    fn a_shared_layer_has_one_writer() {
+        let (_dir, mut store) = store();
+        for name in ["a", "b"] {
+            let mut shared = row(name);
+            shared.spec.disk_mode = DiskMode::Shared;
+            store.insert_sandbox(&shared).expect("written");
+        }
+        let from = [State::Created];
+        assert!(store.begin_start("id-a", &from, &process(1), now()).expect("won"));
+        let error = store
+            .begin_start("id-b", &from, &process(1), now())
+            .expect_err("a second writer");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(
+            store
+                .transition("id-a", &[State::Starting], State::Stopped, None, now())
+                .expect("stopped")
+        );
+        assert!(store.begin_start("id-b", &from, &process(1), now()).expect("free now"));
+    }
+
+    #[test]
+    fn host_facts_end_with_the_boot() {
+        let (_dir, mut store) = store();
+        store.put_host_fact("kvm", "boot-1", "works").expect("written");
+        assert_eq!(store.host_fact("kvm", "boot-1").expect("read").as_deref(), Some("works"));
+        assert_eq!(store.host_fact("kvm", "boot-2").expect("read"), None);
+    }
+}

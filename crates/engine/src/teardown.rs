@@ -1,0 +1,174 @@
+//! Removing a sandbox, and repairing what a crash left. The rows say what there is; both read them
+//! backwards, and each step may be repeated.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use smolvm_host::os::{Lock, Os};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::Layout;
+use crate::store::{SandboxRow, State, Store};
+
+/// Most time a killed process may take to be gone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Removes everything a sandbox owns, and its row last. Idempotent. Its machine has to be off, or
+/// the caller is its keeper and has just killed it.
+pub fn destroy(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
+    store.transition(id, &State::ALL, State::Deleting, None, Timestamp::now())?;
+    os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
+        .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))?;
+    store.delete_sandbox(id)
+}
+
+/// What a sandbox's row and its processes together say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The row is true.
+    Fine,
+    /// Whoever held it is gone; it is off.
+    Dead,
+    /// It is to be removed: its removal was cut short, or it was to live only as long as its maker.
+    Remove,
+}
+
+/// Decides about one row. Pure.
+///
+/// `holder_alive` is whether the process in the row runs; `locked` whether any process holds the
+/// sandbox's lock. A sandbox is held by either: between a start and the keeper's first word only
+/// the starter's number is in the row, and after a crash of the starter only the keeper has the lock.
+pub(crate) fn judge(row: &SandboxRow, holder_alive: bool, locked: bool) -> Verdict {
+    let held = holder_alive || locked;
+    match row.state {
+        _ if held => Verdict::Fine,
+        State::Deleting => Verdict::Remove,
+        state if row.spec.ephemeral && (state.is_held() || state == State::Created) => {
+            Verdict::Remove
+        }
+        state if state.is_held() => Verdict::Dead,
+        State::Created
+        | State::Stopped
+        | State::Error
+        | State::Starting
+        | State::Running
+        | State::Stopping => Verdict::Fine,
+    }
+}
+
+/// Makes every row true again. Cheap where nothing is wrong: rows that nobody is meant to hold
+/// are not looked at.
+pub(crate) fn reconcile(os: &Os, layout: &Layout, store: &mut Store) -> Result<Vec<SandboxRow>> {
+    let mut rows = store.sandboxes()?;
+    let mut changed = false;
+    for row in &rows {
+        changed |= reconcile_row(os, layout, store, row)?;
+    }
+    if changed {
+        rows = store.sandboxes()?;
+    }
+    Ok(rows)
+}
+
+/// Makes one row true again. Says whether it changed anything.
+pub(crate) fn reconcile_row(
+    os: &Os,
+    layout: &Layout,
+    store: &mut Store,
+    row: &SandboxRow,
+) -> Result<bool> {
+    let suspect = row.state.is_held() || row.state == State::Deleting || row.spec.ephemeral;
+    if !suspect {
+        return Ok(false);
+    }
+    let holder_alive = match &row.holder {
+        Some(holder) => holder.is_alive()?,
+        None => false,
+    };
+    if holder_alive {
+        return Ok(false);
+    }
+    // Held while repairing, so that no start comes in between.
+    let lock = try_lock(os, layout, &row.id)?;
+    match judge(row, holder_alive, lock.is_none()) {
+        Verdict::Fine => Ok(false),
+        Verdict::Dead => {
+            end_vmm(row)?;
+            let reason = "its keeper ended without a word; the files are as they were";
+            store.transition(&row.id, &[row.state], State::Error, Some(reason), Timestamp::now())
+        }
+        Verdict::Remove => {
+            end_vmm(row)?;
+            destroy(os, layout, store, &row.id)?;
+            Ok(true)
+        }
+    }
+}
+
+/// Takes a sandbox's lock if nobody has it. A sandbox without a directory cannot be held.
+fn try_lock(os: &Os, layout: &Layout, id: &str) -> Result<Option<NoOneElse>> {
+    let dir = layout.sandbox(id);
+    if !dir.path().exists() {
+        return Ok(Some(NoOneElse { _lock: None }));
+    }
+    Ok(os
+        .try_lock("lock the sandbox", &dir.lock())?
+        .map(|lock| NoOneElse { _lock: Some(lock) }))
+}
+
+/// Nobody else holds the sandbox while this lives.
+struct NoOneElse {
+    _lock: Option<Lock>,
+}
+
+/// Kills the VMM if it outlived its keeper. The kernel does that already (`PR_SET_PDEATHSIG`);
+/// this is for the moment in which it has not yet.
+fn end_vmm(row: &SandboxRow) -> Result<()> {
+    if let Some(vmm) = &row.vmm {
+        vmm.kill_and_wait(KILL_TIMEOUT)?;
+    }
+    Ok(())
+}
+
+/// Ends a keeper that does not answer, and its machine.
+pub(crate) fn end_processes(row: &SandboxRow) -> Result<()> {
+    if let Some(keeper) = &row.holder {
+        if keeper.pid == i32::try_from(std::process::id()).unwrap_or(0) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("sandbox `{}` is being started by this process", row.spec.name),
+            ));
+        }
+        keeper.kill_and_wait(KILL_TIMEOUT)?;
+    }
+    end_vmm(row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::rows::tests::row;
+
+    #[test]
+    fn a_row_is_judged_by_who_holds_it() {
+        let mut it = row("a");
+        for state in State::ALL {
+            it.state = state;
+            it.spec.ephemeral = false;
+            for (alive, locked) in [(true, false), (false, true), (true, true)] {
+                assert_eq!(judge(&it, alive, locked), Verdict::Fine, "{state} is held");
+            }
+            let expected = match state {
+                State::Starting | State::Running | State::Stopping => Verdict::Dead,
+                State::Deleting => Verdict::Remove,
+                State::Created | State::Stopped | State::Error => Verdict::Fine,
+            };
+            assert_eq!(judge(&it, false, false), expected, "{state} is not held");
+        }
+        it.spec.ephemeral = true;
+        for state in [State::Created, State::Starting, State::Running] {
+            it.state = state;
+            assert_eq!(judge(&it, false, false), Verdict::Remove, "{state}, ephemeral");
+        }
+    }
+}
