@@ -8,7 +8,15 @@
 //! is idempotent, what happens when its future is dropped, and what remains on the host after an
 //! error. [`contract`] holds the tests that every backend passes.
 
+pub mod contract;
+pub mod fake;
+pub mod qemu;
+
+mod error;
+mod sys;
+
 use std::fmt::Debug;
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -169,3 +177,54 @@ pub struct VmError {
 
 /// How long a VMM may take to answer a control command.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Refuses a plan that no retry could make possible.
+pub(crate) fn refuse_impossible(plan: &VmPlan, can: &Capabilities) -> Result<(), VmError> {
+    let name_ok = !plan.name.is_empty()
+        && plan
+            .name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    let why = if !name_ok {
+        "its name may have letters, digits, - and _ only".to_owned()
+    } else if plan.cpus == 0 || plan.cpus > can.cpus_max {
+        format!("it has {} CPUs, of 1 to {}", plan.cpus, can.cpus_max)
+    } else if !(can.memory_mib_min..=can.memory_mib_max).contains(&plan.memory_mib) {
+        format!(
+            "it has {} MiB of memory, of {} to {}",
+            plan.memory_mib, can.memory_mib_min, can.memory_mib_max
+        )
+    } else if plan.disks.len() > can.disks_max {
+        format!(
+            "it has {} disks, of 0 to {}",
+            plan.disks.len(),
+            can.disks_max
+        )
+    } else if plan.accel == Accel::Emulation && plan.tsc_khz.is_none() {
+        "emulation needs the frequency of the host's time-stamp counter".to_owned()
+    } else {
+        return Ok(());
+    };
+    let doing = format!("plan the machine {}", plan.name);
+    Err(VmError::new(VmErrorKind::Unsupported, doing, why))
+}
+
+/// Refuses a plan whose files a VMM could not open, while there is somebody to tell which one.
+pub(crate) fn refuse_unreadable(plan: &VmPlan) -> Result<(), VmError> {
+    let boot = [
+        ("kernel", &plan.kernel, false),
+        ("initrd", &plan.initrd, false),
+    ];
+    let disks = plan
+        .disks
+        .iter()
+        .map(|disk| ("disk", &disk.path, !disk.read_only));
+    for (what, path, write) in boot.into_iter().chain(disks) {
+        let opened = File::options().read(true).write(write).open(path);
+        opened.map_err(|error| {
+            let doing = format!("open the {what} {}", path.display());
+            VmError::new(VmErrorKind::Host, doing, error)
+        })?;
+    }
+    Ok(())
+}

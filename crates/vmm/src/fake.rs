@@ -1,0 +1,471 @@
+//! A backend with state, time and faults, but no machine.
+//!
+//! It keeps the physics: a paused machine does not answer, a killed one cannot be resumed, a kill
+//! makes [`Vm::wait`] return and closes the streams, and files that are not there cannot be booted.
+//! Its guest is a function of the test's, on a thread of its own, at the far end of the channel.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream as TokioStream;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+use crate::{
+    Backend, Capabilities, Exit, Vm, VmError, VmErrorKind, VmPlan, refuse_impossible,
+    refuse_unreadable,
+};
+
+/// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
+/// 2^22), so that whoever signals it by mistake hits nobody.
+const FIRST_PID: u32 = 1 << 30;
+
+/// What the fake can do: as much as the real ones.
+const CAPABILITIES: Capabilities = Capabilities {
+    pause: true,
+    cpus_max: 254,
+    memory_mib_min: 64,
+    memory_mib_max: 512 * 1024,
+    disks_max: 16,
+};
+
+/// What a guest sees of its machine.
+#[derive(Debug)]
+pub struct FakeGuest {
+    /// The plan it was started from.
+    pub plan: VmPlan,
+    /// The far end of the channel, blocking. It ends when the machine is killed.
+    pub channel: UnixStream,
+    /// The far end of the console, blocking.
+    pub console: UnixStream,
+}
+
+/// How a guest's function returns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// The guest shut down or reset; the VMM ends with exit code 0.
+    Off,
+    /// The VMM ends in another way.
+    Crash(Exit),
+}
+
+type Script = dyn Fn(FakeGuest) -> GuestEnd + Send + Sync;
+
+/// An operation that can fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Operation {
+    /// [`Backend::start`].
+    Start,
+    /// [`Vm::pause`].
+    Pause,
+    /// [`Vm::resume`].
+    Resume,
+    /// [`Vm::kill`].
+    Kill,
+    /// [`Vm::wait`].
+    Wait,
+}
+
+/// A failure to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// What fails.
+    pub operation: Operation,
+    /// Which one fails, counted from 1, over all machines of the backend.
+    pub nth: u32,
+    /// Whether all after it fail, too.
+    pub forever: bool,
+    /// What kind of failure is reported.
+    pub kind: VmErrorKind,
+}
+
+/// The backend `fake`. Clones are the same backend.
+///
+/// Must be used within a tokio runtime that has I/O and time enabled. On a runtime of one thread a
+/// pause is exact; on several, bytes that were being moved may still arrive.
+#[derive(Debug, Clone)]
+pub struct Fake {
+    shared: Arc<Shared>,
+    script: Guestly,
+    boot: Duration,
+}
+
+#[derive(Clone)]
+struct Guestly(Arc<Script>);
+
+impl fmt::Debug for Guestly {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Guestly")
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    started: AtomicU32,
+    machines: Mutex<BTreeMap<u32, watch::Sender<State>>>,
+    faults: Mutex<Vec<Fault>>,
+    done: Mutex<Vec<Operation>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused,
+    Ended(Exit),
+}
+
+impl Fake {
+    /// A backend whose every machine runs `script` as its guest.
+    pub fn new(script: impl Fn(FakeGuest) -> GuestEnd + Send + Sync + 'static) -> Fake {
+        Fake {
+            shared: Arc::default(),
+            script: Guestly(Arc::new(script)),
+            boot: Duration::ZERO,
+        }
+    }
+
+    /// The same with a guest that begins only after `boot`, by the runtime's clock.
+    #[must_use]
+    pub fn booting_for(mut self, boot: Duration) -> Fake {
+        self.boot = boot;
+        self
+    }
+
+    /// Adds a failure to come.
+    pub fn inject(&self, fault: Fault) {
+        lock(&self.shared.faults).push(fault);
+    }
+
+    /// Forgets the failures that have not come yet.
+    pub fn heal(&self) {
+        lock(&self.shared.faults).clear();
+    }
+
+    /// Every operation that was asked for, in order, those that failed included.
+    #[must_use]
+    pub fn operations(&self) -> Vec<Operation> {
+        lock(&self.shared.done).clone()
+    }
+
+    /// The process numbers of the machines that exist.
+    #[must_use]
+    pub fn running(&self) -> Vec<u32> {
+        lock(&self.shared.machines).keys().copied().collect()
+    }
+
+    /// Ends a machine from outside. Nothing happens if it does not exist.
+    pub fn end(&self, pid: u32, exit: Exit) {
+        self.shared.end(pid, exit);
+    }
+}
+
+impl Shared {
+    /// Notes an operation, and fails it if its turn has come.
+    fn perform(&self, operation: Operation, name: &str) -> Result<(), VmError> {
+        let count = {
+            let mut done = lock(&self.done);
+            done.push(operation);
+            done.iter().filter(|&&other| other == operation).count()
+        };
+        let fault = lock(&self.faults).iter().copied().find(|fault| {
+            let nth = fault.nth as usize;
+            fault.operation == operation && (count == nth || fault.forever && count > nth)
+        });
+        match fault {
+            None => Ok(()),
+            Some(fault) => Err(VmError::new(
+                fault.kind,
+                doing(operation, name),
+                "a fault was injected",
+            )),
+        }
+    }
+
+    /// Makes a machine not exist, whoever was first to end it.
+    fn end(&self, pid: u32, exit: Exit) {
+        if let Some(state) = lock(&self.machines).remove(&pid) {
+            state.send_replace(State::Ended(exit));
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Fake {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unreadable(plan)?;
+        self.shared.perform(Operation::Start, &plan.name)?;
+        let vm = self.launch(plan).map_err(|error| {
+            VmError::new(
+                VmErrorKind::Host,
+                doing(Operation::Start, &plan.name),
+                error,
+            )
+        })?;
+        Ok(Box::new(vm))
+    }
+}
+
+impl Fake {
+    fn launch(&self, plan: &VmPlan) -> io::Result<FakeVm> {
+        let (state, watched) = watch::channel(State::Running);
+        let (channel, channel_guest, channel_relays) = wire(&watched)?;
+        let (console, console_guest, console_relays) = wire(&watched)?;
+        let guest = FakeGuest {
+            plan: plan.clone(),
+            channel: channel_guest,
+            console: console_guest,
+        };
+        let pid = FIRST_PID + self.shared.started.fetch_add(1, Ordering::Relaxed);
+        lock(&self.shared.machines).insert(pid, state);
+        let life = tokio::spawn(live(
+            Arc::clone(&self.shared),
+            pid,
+            self.boot,
+            Guestly(Arc::clone(&self.script.0)),
+            guest,
+            watched.clone(),
+        ));
+        // A killed VMM moves no more bytes; one whose guest went down has moved them all.
+        let relays: Vec<AbortHandle> = channel_relays.into_iter().chain(console_relays).collect();
+        tokio::spawn(cut_when_killed(
+            watched.clone(),
+            relays,
+            life.abort_handle(),
+        ));
+        Ok(FakeVm {
+            shared: Arc::clone(&self.shared),
+            name: plan.name.clone(),
+            pid,
+            state: watched,
+            channel: Some(channel),
+            console: Some(console),
+        })
+    }
+}
+
+/// Boots, runs the guest's function on a thread, and ends the machine when it returns.
+async fn live(
+    shared: Arc<Shared>,
+    pid: u32,
+    boot: Duration,
+    script: Guestly,
+    guest: FakeGuest,
+    mut state: watch::Receiver<State>,
+) {
+    tokio::time::sleep(boot).await;
+    if running(&mut state).await.is_err() {
+        return;
+    }
+    let (over, ended) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("fake-guest".to_owned());
+    let spawned = thread.spawn(move || {
+        // Nobody listens any more if the machine was killed.
+        let _ = over.send((script.0)(guest));
+    });
+    let end = match spawned {
+        Ok(_) => ended.await.unwrap_or_else(|_| {
+            GuestEnd::Crash(Exit {
+                code: None,
+                signal: Some(libc::SIGABRT),
+                stderr: "the guest's function panicked".to_owned(),
+            })
+        }),
+        Err(error) => GuestEnd::Crash(Exit {
+            code: Some(1),
+            signal: None,
+            stderr: error.to_string(),
+        }),
+    };
+    // A paused guest cannot shut down.
+    if running(&mut state).await.is_err() {
+        return;
+    }
+    let exit = match end {
+        GuestEnd::Crash(exit) => exit,
+        GuestEnd::Off => Exit {
+            code: Some(0),
+            signal: None,
+            stderr: String::new(),
+        },
+    };
+    shared.end(pid, exit);
+}
+
+async fn cut_when_killed(
+    mut state: watch::Receiver<State>,
+    relays: Vec<AbortHandle>,
+    life: AbortHandle,
+) {
+    let end = state
+        .wait_for(|state| matches!(state, State::Ended(_)))
+        .await;
+    let killed = match end.as_deref() {
+        Ok(State::Ended(exit)) => exit.signal.is_some(),
+        _ => true,
+    };
+    life.abort();
+    if killed {
+        relays.iter().for_each(AbortHandle::abort);
+    }
+}
+
+/// A stream to the guest with a gate in it that is open while the machine runs: the host's end, the
+/// guest's end, and the two tasks between.
+fn wire(state: &watch::Receiver<State>) -> io::Result<(UnixStream, UnixStream, [AbortHandle; 2])> {
+    let (host, host_side) = UnixStream::pair()?;
+    let (guest, guest_side) = UnixStream::pair()?;
+    let into_tokio = |stream: UnixStream| {
+        stream.set_nonblocking(true)?;
+        TokioStream::from_std(stream).map(TokioStream::into_split)
+    };
+    let (from_host, to_host) = into_tokio(host_side)?;
+    let (from_guest, to_guest) = into_tokio(guest_side)?;
+    let inward = tokio::spawn(relay(from_host, to_guest, state.clone()));
+    let outward = tokio::spawn(relay(from_guest, to_host, state.clone()));
+    Ok((host, guest, [inward.abort_handle(), outward.abort_handle()]))
+}
+
+/// Moves bytes while the machine runs. After the guest ended by itself, moves what it left.
+async fn relay(
+    mut from: impl tokio::io::AsyncRead + Unpin,
+    mut to: impl tokio::io::AsyncWrite + Unpin,
+    mut state: watch::Receiver<State>,
+) {
+    let mut buffer = [0; 4096];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        // An ended machine has an open gate; if it was killed, this task is no more.
+        let _ = running(&mut state).await;
+        if to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits until the machine runs; fails if it ended.
+async fn running(state: &mut watch::Receiver<State>) -> Result<(), ()> {
+    match state
+        .wait_for(|state| *state != State::Paused)
+        .await
+        .as_deref()
+    {
+        Ok(State::Running) => Ok(()),
+        _ => Err(()),
+    }
+}
+
+/// A machine that is not there.
+#[derive(Debug)]
+struct FakeVm {
+    shared: Arc<Shared>,
+    name: String,
+    pid: u32,
+    state: watch::Receiver<State>,
+    channel: Option<UnixStream>,
+    console: Option<UnixStream>,
+}
+
+#[async_trait]
+impl Vm for FakeVm {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn take_channel(&mut self) -> Option<UnixStream> {
+        self.channel.take()
+    }
+
+    fn take_console(&mut self) -> Option<UnixStream> {
+        self.console.take()
+    }
+
+    async fn pause(&mut self) -> Result<(), VmError> {
+        self.shared.perform(Operation::Pause, &self.name)?;
+        self.turn(Operation::Pause, State::Paused)
+    }
+
+    async fn resume(&mut self) -> Result<(), VmError> {
+        self.shared.perform(Operation::Resume, &self.name)?;
+        self.turn(Operation::Resume, State::Running)
+    }
+
+    async fn kill(&mut self) -> Result<Exit, VmError> {
+        self.shared.perform(Operation::Kill, &self.name)?;
+        self.shared.end(self.pid, killed());
+        Ok(self.ended().await)
+    }
+
+    async fn wait(&mut self) -> Result<Exit, VmError> {
+        self.shared.perform(Operation::Wait, &self.name)?;
+        Ok(self.ended().await)
+    }
+}
+
+impl FakeVm {
+    fn turn(&self, operation: Operation, to: State) -> Result<(), VmError> {
+        let machines = lock(&self.shared.machines);
+        if let Some(state) = machines.get(&self.pid) {
+            state.send_replace(to);
+            return Ok(());
+        }
+        match &*self.state.borrow() {
+            State::Ended(exit) => Err(VmError::exited(doing(operation, &self.name), exit)),
+            State::Running | State::Paused => unreachable!("only the ended are taken off the list"),
+        }
+    }
+
+    async fn ended(&mut self) -> Exit {
+        let ended = self
+            .state
+            .wait_for(|state| matches!(state, State::Ended(_)))
+            .await;
+        match ended.as_deref() {
+            Ok(State::Ended(exit)) => exit.clone(),
+            _ => unreachable!("the list keeps the sender until the end"),
+        }
+    }
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        self.shared.end(self.pid, killed());
+    }
+}
+
+fn killed() -> Exit {
+    Exit {
+        code: None,
+        signal: Some(libc::SIGKILL),
+        stderr: String::new(),
+    }
+}
+
+fn doing(operation: Operation, name: &str) -> String {
+    let verb = match operation {
+        Operation::Start => "start",
+        Operation::Pause => "pause",
+        Operation::Resume => "resume",
+        Operation::Kill => "kill",
+        Operation::Wait => "wait for",
+    };
+    format!("{verb} the machine {name}")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

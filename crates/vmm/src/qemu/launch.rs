@@ -1,0 +1,205 @@
+//! The VMM as a process: started with inherited sockets, watched by pidfd, killed when dropped.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
+use tokio::task::AbortHandle;
+
+use crate::{Exit, sys};
+
+/// How much of what the VMM says last is kept.
+const STDERR_BYTES_MAX: usize = 4096;
+
+/// A running child process.
+#[derive(Debug)]
+pub(super) struct Process {
+    child: Child,
+    /// Readable once the process has ended: pidfd_open(2).
+    pidfd: AsyncFd<OwnedFd>,
+    stderr: Arc<Tail>,
+    reader: AbortHandle,
+    exit: Option<Exit>,
+}
+
+impl Process {
+    /// Starts `program` with `inherited` open under the same numbers as here, an empty environment,
+    /// and nothing to read on its standard input.
+    ///
+    /// Must be called within a tokio runtime. On error no process remains.
+    pub(super) fn spawn(
+        program: &Path,
+        arguments: &[OsString],
+        inherited: Vec<OwnedFd>,
+    ) -> io::Result<Process> {
+        let (stderr_here, stderr_there) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // Both ends: the VMM loses words, rather than time, when nobody reads them.
+        fcntl_setfl(&stderr_there, OFlags::NONBLOCK)?;
+        let stderr = Arc::new(Tail::new(stderr_here)?);
+
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            // Keys and tokens of the caller are none of the VMM's business.
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr_there);
+        sys::adopt(&mut command, inherited);
+        let mut child = command.spawn()?;
+        // `command` holds our copies of the child's ends; without them gone, none would ever close.
+        drop(command);
+
+        let pidfd = match watch(&child) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                kill_and_reap(&mut child);
+                return Err(error);
+            }
+        };
+        let reader = tokio::spawn(Arc::clone(&stderr).follow()).abort_handle();
+        Ok(Process {
+            child,
+            pidfd,
+            stderr,
+            reader,
+            exit: None,
+        })
+    }
+
+    /// The process number; not reused before [`Process::wait`] has returned.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it ended, if it has been waited for.
+    pub(super) fn exit(&self) -> Option<&Exit> {
+        self.exit.as_ref()
+    }
+
+    /// Sends SIGKILL. Nothing happens if it has been waited for.
+    pub(super) fn kill(&mut self) -> io::Result<()> {
+        match self.exit {
+            Some(_) => Ok(()),
+            None => self.child.kill(),
+        }
+    }
+
+    /// Waits for the end and reaps. May be called again; may be dropped without loss.
+    pub(super) async fn wait(&mut self) -> io::Result<Exit> {
+        loop {
+            if let Some(exit) = &self.exit {
+                return Ok(exit.clone());
+            }
+            let mut ended = self.pidfd.readable().await?;
+            match self.child.try_wait()? {
+                None => ended.clear_ready(),
+                Some(status) => {
+                    self.reader.abort();
+                    self.exit = Some(told(status, &self.stderr));
+                }
+            }
+        }
+    }
+}
+
+/// Kills and reaps. This blocks for the few milliseconds in which the kernel takes the process
+/// apart; whoever cannot afford them calls [`Process::kill`] and [`Process::wait`] first.
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.reader.abort();
+        if self.exit.is_none() {
+            kill_and_reap(&mut self.child);
+        }
+    }
+}
+
+fn kill_and_reap(child: &mut Child) {
+    // Neither can fail for a child that has not been reaped: kill(2), waitpid(2).
+    if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+        tracing::warn!(pid = child.id(), %error, "could not reap a process");
+    }
+}
+
+fn watch(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::other("the process number is out of range"))?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    sys::watch_readable(pidfd)
+}
+
+fn told(status: ExitStatus, stderr: &Tail) -> Exit {
+    stderr.take_in();
+    Exit {
+        code: status.code(),
+        signal: status.signal(),
+        stderr: stderr.text(),
+    }
+}
+
+/// The last words of a process.
+#[derive(Debug)]
+struct Tail {
+    pipe: Receiver,
+    bytes: Mutex<VecDeque<u8>>,
+}
+
+impl Tail {
+    fn new(pipe: OwnedFd) -> io::Result<Tail> {
+        Ok(Tail {
+            pipe: Receiver::from_owned_fd(pipe)?,
+            bytes: Mutex::new(VecDeque::with_capacity(STDERR_BYTES_MAX)),
+        })
+    }
+
+    /// Reads until the other end closes, keeping the last part.
+    async fn follow(self: Arc<Self>) {
+        let mut chunk = [0; STDERR_BYTES_MAX];
+        while self.pipe.readable().await.is_ok() {
+            match self.pipe.try_read(&mut chunk) {
+                Ok(0) => return,
+                Ok(n) => self.keep(&chunk[..n]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Takes what is in the pipe now. Bounded, should something go on writing. Reads past tokio,
+    /// whose own idea of readiness is only renewed between tasks.
+    fn take_in(&self) {
+        const PIPE_BYTES: usize = 64 * 1024; // pipe(7), the default capacity
+        let mut chunk = [0; STDERR_BYTES_MAX];
+        for _ in 0..PIPE_BYTES / STDERR_BYTES_MAX {
+            match rustix::io::read(&self.pipe, &mut chunk) {
+                Ok(n @ 1..) => self.keep(&chunk[..n]),
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
+    }
+
+    fn keep(&self, new: &[u8]) {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        bytes.extend(new);
+        let surplus = bytes.len().saturating_sub(STDERR_BYTES_MAX);
+        bytes.drain(..surplus);
+    }
+
+    fn text(&self) -> String {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(bytes.make_contiguous()).into_owned()
+    }
+}

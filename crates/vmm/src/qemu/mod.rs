@@ -1,0 +1,257 @@
+//! QEMU, with its `microvm` machine.
+//!
+//! The engine for every host: it uses the hypervisor where there is a usable one and translates
+//! guest code in software where there is none.
+
+pub mod cmdline;
+mod launch;
+mod qmp;
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use async_trait::async_trait;
+
+use self::cmdline::Sockets;
+use self::launch::Process;
+use self::qmp::{Command, Monitor, QmpError};
+use crate::{
+    Backend, CONTROL_TIMEOUT, Capabilities, Exit, Vm, VmError, VmErrorKind, VmPlan,
+    refuse_impossible, refuse_unreadable,
+};
+
+/// The program that emulates this host's architecture.
+pub const PROGRAM: &str = if cfg!(target_arch = "aarch64") {
+    "qemu-system-aarch64"
+} else {
+    "qemu-system-x86_64"
+};
+
+/// What the `microvm` machine can do.
+///
+/// Processors: numbers above 254 need an x2APIC, which emulation lacks. Memory: the kernel of a
+/// distribution needs some 100 MiB to start at all, and the emulated processor addresses 1 TiB
+/// (40 bits). Disks: the machine has 24 device slots with ACPI, of which a few are for others.
+const CAPABILITIES: Capabilities = Capabilities {
+    pause: true,
+    cpus_max: 254,
+    memory_mib_min: 64,
+    memory_mib_max: 512 * 1024,
+    disks_max: 16,
+};
+
+/// Finds [`PROGRAM`] in a list of directories, such as that of `PATH`. The first one wins.
+pub fn find<I>(directories: I) -> Option<PathBuf>
+where
+    I: IntoIterator,
+    I::Item: AsRef<Path>,
+{
+    directories
+        .into_iter()
+        .map(|directory| directory.as_ref().join(PROGRAM))
+        .find(|program| {
+            std::fs::metadata(program)
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        })
+}
+
+/// The version of the program, for example `7.2.22`. Runs it and waits, some 20 ms.
+///
+/// # Errors
+///
+/// [`VmErrorKind::ProgramMissing`] if there is none; [`VmErrorKind::Protocol`] if it does not tell
+/// a version.
+pub fn version(program: &Path) -> Result<String, VmError> {
+    let doing = || format!("ask {} for its version", program.display());
+    let output = std::process::Command::new(program)
+        .arg("--version")
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| spawn_error(program, error))?;
+    parse_version(&String::from_utf8_lossy(&output.stdout))
+        .ok_or_else(|| VmError::new(VmErrorKind::Protocol, doing(), "it did not tell one"))
+}
+
+/// The version in the first line of `--version`.
+fn parse_version(text: &str) -> Option<String> {
+    let rest = text.lines().next()?.split_once("version ")?.1;
+    let number = rest.split_whitespace().next()?;
+    number
+        .starts_with(|c: char| c.is_ascii_digit())
+        .then(|| number.to_owned())
+}
+
+/// The backend `qemu`.
+///
+/// Must be used within a tokio runtime that has I/O and time enabled.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Qemu;
+
+#[async_trait]
+impl Backend for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unreadable(plan)?;
+        let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
+        let (agent, agent_there) = UnixStream::pair().map_err(host)?;
+        let (console, console_there) = UnixStream::pair().map_err(host)?;
+        let (monitor, monitor_there) = UnixStream::pair().map_err(host)?;
+        let inherited = [agent_there, console_there, monitor_there]
+            .into_iter()
+            .map(above_stdio)
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(host)?;
+        let sockets = Sockets {
+            agent: inherited[0].as_raw_fd(),
+            console: inherited[1].as_raw_fd(),
+            monitor: inherited[2].as_raw_fd(),
+        };
+        let arguments = cmdline::arguments(plan, sockets);
+        tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
+        // Nothing is awaited from here on, so there is no half-started machine to lose.
+        let process = Process::spawn(&plan.program, &arguments, inherited)
+            .map_err(|error| spawn_error(&plan.program, error))?;
+        Ok(Box::new(QemuVm {
+            name: plan.name.clone(),
+            process,
+            monitor: Monitor::new(monitor),
+            agent: Some(agent),
+            console: Some(console),
+        }))
+    }
+}
+
+/// A machine run by QEMU.
+#[derive(Debug)]
+struct QemuVm {
+    name: String,
+    process: Process,
+    monitor: Monitor,
+    agent: Option<UnixStream>,
+    console: Option<UnixStream>,
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn take_channel(&mut self) -> Option<UnixStream> {
+        self.agent.take()
+    }
+
+    fn take_console(&mut self) -> Option<UnixStream> {
+        self.console.take()
+    }
+
+    async fn pause(&mut self) -> Result<(), VmError> {
+        self.control("pause", Command::Stop).await
+    }
+
+    async fn resume(&mut self) -> Result<(), VmError> {
+        self.control("resume", Command::Cont).await
+    }
+
+    async fn kill(&mut self) -> Result<Exit, VmError> {
+        self.process
+            .kill()
+            .map_err(|error| self.host("kill", error))?;
+        let ended = self.process.wait().await;
+        ended.map_err(|error| self.host("kill", error))
+    }
+
+    async fn wait(&mut self) -> Result<Exit, VmError> {
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.process.wait() => {
+                    return ended.map_err(|error| self.host("wait for", error));
+                }
+                // Whoever waits also takes in what the VMM has to say, so that it does not pile up.
+                error = self.monitor.listen(), if self.monitor.listens() => {
+                    tracing::debug!(name = self.name, %error, "stopped listening to a machine");
+                }
+            }
+            self.tell_events();
+        }
+    }
+}
+
+impl QemuVm {
+    async fn control(&mut self, verb: &str, command: Command) -> Result<(), VmError> {
+        let doing = doing(verb, &self.name);
+        if let Some(exit) = self.process.exit() {
+            return Err(VmError::exited(doing, exit));
+        }
+        let result = self.monitor.execute(command).await;
+        self.tell_events();
+        let error = match result {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        if matches!(error, QmpError::Closed) {
+            // The socket closes when the process ends; its exit says why.
+            let ended = tokio::time::timeout(CONTROL_TIMEOUT, self.process.wait()).await;
+            if let Ok(Ok(exit)) = ended {
+                return Err(VmError::exited(doing, &exit));
+            }
+        }
+        let kind = match error {
+            QmpError::Timeout => VmErrorKind::Timeout,
+            QmpError::Closed | QmpError::Refused { .. } | QmpError::Garbage(_) => {
+                VmErrorKind::Protocol
+            }
+        };
+        Err(VmError::new(kind, doing, error))
+    }
+
+    fn tell_events(&mut self) {
+        for event in self.monitor.take_events() {
+            tracing::info!(name = self.name, ?event, "a machine reports");
+        }
+    }
+
+    fn host(&self, verb: &str, error: io::Error) -> VmError {
+        VmError::new(VmErrorKind::Host, doing(verb, &self.name), error)
+    }
+}
+
+fn doing(verb: &str, name: &str) -> String {
+    format!("{verb} the machine {name}")
+}
+
+fn spawn_error(program: &Path, error: io::Error) -> VmError {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => VmErrorKind::ProgramMissing,
+        _ => VmErrorKind::Host,
+    };
+    VmError::new(kind, format!("run {}", program.display()), error)
+}
+
+/// The same socket under a number that standard input, output and error do not have: a process that
+/// was started without them gets such numbers for its first sockets, and in the child they are
+/// replaced.
+fn above_stdio(socket: UnixStream) -> io::Result<OwnedFd> {
+    let fd = OwnedFd::from(socket);
+    if fd.as_raw_fd() > libc::STDERR_FILENO {
+        return Ok(fd);
+    }
+    Ok(rustix::io::fcntl_dupfd_cloexec(
+        &fd,
+        libc::STDERR_FILENO + 1,
+    )?)
+}

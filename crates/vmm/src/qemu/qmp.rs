@@ -1,0 +1,303 @@
+//! The VMM's control socket: a small typed client of the QEMU Machine Protocol.
+//!
+//! See QEMU's `docs/interop/qmp-spec.rst`. The protocol starts with a greeting and a negotiation;
+//! both are left for the first command, so that they cost a booting machine nothing, and because
+//! QEMU sends no events before, which could pile up while nobody reads.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::UnixStream as StdUnixStream;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::CONTROL_TIMEOUT;
+
+/// Longest message; those of the commands below have some hundred bytes.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Most events kept; the older ones go first.
+const EVENTS_MAX: usize = 16;
+
+/// Every command that is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Command {
+    /// Leave the negotiation.
+    Capabilities,
+    /// Stop the virtual CPUs.
+    Stop,
+    /// Let them go on.
+    Cont,
+}
+
+impl Command {
+    fn name(self) -> &'static str {
+        match self {
+            Command::Capabilities => "qmp_capabilities",
+            Command::Stop => "stop",
+            Command::Cont => "cont",
+        }
+    }
+}
+
+/// What happened to the machine unasked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Event {
+    /// It ends. The reason is QEMU's word, for example `guest-reset`.
+    Shutdown { reason: String },
+    /// The guest's kernel said that it panicked.
+    GuestPanicked,
+    /// The host could not read or write a disk image.
+    DiskError { node: String },
+}
+
+/// Why a command had no success.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum QmpError {
+    /// The VMM closed the socket, as it does when it dies.
+    #[error("the control socket was closed")]
+    Closed,
+    /// No answer in time.
+    #[error("no answer within {} s", CONTROL_TIMEOUT.as_secs())]
+    Timeout,
+    /// The VMM said no.
+    #[error("it answered: {desc} ({class})")]
+    Refused { class: String, desc: String },
+    /// The VMM said something that is not in the protocol.
+    #[error("it said something unexpected: {0}")]
+    Garbage(String),
+}
+
+/// The client. Its futures may be dropped without loss: what was half sent or half received is kept
+/// here, and answers nobody waits for any more are known by their numbers.
+#[derive(Debug)]
+pub(super) struct Monitor {
+    link: Link,
+    phase: Phase,
+    sent: u64,
+    unsent: Vec<u8>,
+    unread: Vec<u8>,
+    events: VecDeque<Event>,
+}
+
+/// The socket, given to tokio only when needed.
+#[derive(Debug)]
+enum Link {
+    Idle(StdUnixStream),
+    Open(UnixStream),
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The greeting has not been read.
+    Greeting,
+    /// The greeting has been answered by the command with this number.
+    Negotiating(u64),
+    /// Commands are accepted.
+    Ready,
+}
+
+/// A message of the VMM; which fields are there says which kind it is.
+#[derive(Debug, Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    #[serde(rename = "return")]
+    result: Option<Value>,
+    error: Option<Refusal>,
+    id: Option<u64>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+}
+
+#[derive(Debug, Deserialize)]
+struct Refusal {
+    class: String,
+    desc: String,
+}
+
+/// The answer to the command with this number.
+type Answer = (u64, Result<Value, QmpError>);
+
+impl Monitor {
+    pub(super) fn new(socket: StdUnixStream) -> Monitor {
+        Monitor {
+            link: Link::Idle(socket),
+            phase: Phase::Greeting,
+            sent: 0,
+            unsent: Vec::new(),
+            unread: Vec::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Sends a command and waits for its answer, at most [`CONTROL_TIMEOUT`].
+    pub(super) async fn execute(&mut self, command: Command) -> Result<Value, QmpError> {
+        tokio::time::timeout(CONTROL_TIMEOUT, async {
+            while self.phase != Phase::Ready {
+                self.step().await?;
+            }
+            let id = self.queue(command);
+            loop {
+                match self.step().await? {
+                    Some((answered, result)) if answered == id => return result,
+                    _ => {}
+                }
+            }
+        })
+        .await
+        .unwrap_or(Err(QmpError::Timeout))
+    }
+
+    /// Whether events may arrive, for which somebody has to call [`Monitor::listen`].
+    pub(super) fn listens(&self) -> bool {
+        self.phase == Phase::Ready && !matches!(self.link, Link::Closed)
+    }
+
+    /// Takes in events until the socket closes or something is wrong with it.
+    pub(super) async fn listen(&mut self) -> QmpError {
+        loop {
+            if let Err(error) = self.step().await {
+                self.link = Link::Closed;
+                return error;
+            }
+        }
+    }
+
+    /// The events that have not been asked for yet, oldest first.
+    pub(super) fn take_events(&mut self) -> Vec<Event> {
+        self.events.drain(..).collect()
+    }
+
+    fn queue(&mut self, command: Command) -> u64 {
+        self.sent += 1;
+        let line = json!({ "execute": command.name(), "id": self.sent });
+        self.unsent.extend_from_slice(line.to_string().as_bytes());
+        self.unsent.push(b'\n');
+        self.sent
+    }
+
+    /// Sends what waits to be sent, receives one message, and acts on it.
+    async fn step(&mut self) -> Result<Option<Answer>, QmpError> {
+        let message = loop {
+            if let Some(message) = self.next_message()? {
+                break message;
+            }
+            self.transfer().await?;
+        };
+        self.accept(message)
+    }
+
+    /// Writes if there is something to write, else reads. Either may do a part only.
+    async fn transfer(&mut self) -> Result<(), QmpError> {
+        let Monitor {
+            link,
+            unsent,
+            unread,
+            ..
+        } = self;
+        let stream = link.open()?;
+        if !unsent.is_empty() {
+            let written = stream.write(unsent).await.map_err(closed)?;
+            unsent.drain(..written);
+            return Ok(());
+        }
+        match stream.read_buf(unread).await.map_err(closed)? {
+            0 => Err(QmpError::Closed),
+            _ if unread.len() > MESSAGE_BYTES_MAX => {
+                Err(QmpError::Garbage("a message without an end".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the next whole line out of what was read.
+    fn next_message(&mut self) -> Result<Option<Message>, QmpError> {
+        let Some(end) = self.unread.iter().position(|&byte| byte == b'\n') else {
+            return Ok(None);
+        };
+        let line: Vec<u8> = self.unread.drain(..=end).collect();
+        serde_json::from_slice(&line).map(Some).map_err(|error| {
+            QmpError::Garbage(format!("{error} in {}", String::from_utf8_lossy(&line)))
+        })
+    }
+
+    fn accept(&mut self, message: Message) -> Result<Option<Answer>, QmpError> {
+        if let Some(name) = &message.event {
+            self.note(name, &message.data);
+            return Ok(None);
+        }
+        if message.greeting.is_some() {
+            if self.phase != Phase::Greeting {
+                return Err(QmpError::Garbage("a second greeting".to_owned()));
+            }
+            self.phase = Phase::Negotiating(self.queue(Command::Capabilities));
+            return Ok(None);
+        }
+        let result = match (message.result, message.error) {
+            (Some(value), None) => Ok(value),
+            (None, Some(Refusal { class, desc })) => Err(QmpError::Refused { class, desc }),
+            _ => {
+                return Err(QmpError::Garbage(
+                    "neither answer, event nor greeting".into(),
+                ));
+            }
+        };
+        // An answer without a number is to something that QEMU could not read.
+        let Some(id) = message.id else {
+            return Err(result
+                .err()
+                .unwrap_or(QmpError::Garbage("an answer to nothing".into())));
+        };
+        if self.phase == Phase::Negotiating(id) {
+            result?;
+            self.phase = Phase::Ready;
+            return Ok(None);
+        }
+        Ok(Some((id, result)))
+    }
+
+    /// Keeps the events that say something about the machine's health. The others (pauses that were
+    /// asked for, the guest opening its port) are many and tell nothing.
+    fn note(&mut self, name: &str, data: &Value) {
+        let word = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
+        let event = match name {
+            "SHUTDOWN" => Event::Shutdown {
+                reason: word("reason"),
+            },
+            "GUEST_PANICKED" => Event::GuestPanicked,
+            "BLOCK_IO_ERROR" => Event::DiskError {
+                node: word("node-name"),
+            },
+            _ => return,
+        };
+        if self.events.len() == EVENTS_MAX {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}
+
+impl Link {
+    fn open(&mut self) -> Result<&mut UnixStream, QmpError> {
+        if let Link::Idle(socket) = self {
+            socket.set_nonblocking(true).map_err(closed)?;
+            let socket = socket.try_clone().map_err(closed)?;
+            *self = Link::Open(UnixStream::from_std(socket).map_err(closed)?);
+        }
+        match self {
+            Link::Open(stream) => Ok(stream),
+            Link::Idle(_) | Link::Closed => Err(QmpError::Closed),
+        }
+    }
+}
+
+/// A socket pair fails when the other end is gone, and for no other reason that a caller could do
+/// something about. tokio has repeated what a signal interrupted.
+fn closed(_: io::Error) -> QmpError {
+    QmpError::Closed
+}
