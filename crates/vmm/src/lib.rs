@@ -10,7 +10,9 @@
 
 pub mod contract;
 pub mod fake;
+pub mod probe;
 pub mod qemu;
+pub mod tsc;
 
 mod error;
 mod sys;
