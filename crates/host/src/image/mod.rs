@@ -1,5 +1,6 @@
 //! Root file systems: read-only EROFS images, from a tar stream or built from packages.
 
+mod archive;
 pub mod build;
 pub mod erofs;
 

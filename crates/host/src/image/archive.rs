@@ -1,0 +1,385 @@
+//! Reading a tar stream: ustar, with the extensions of GNU and of pax(1).
+//!
+//! The tar crate reads single headers here, but not the stream: it splits pax records at newlines,
+//! which the binary value of an extended attribute may contain, and then loses the rest of them.
+
+use std::io::{self, Read};
+
+use tar::{EntryType, Header};
+
+const BLOCK: usize = 512;
+/// The longest extension header: pax records and long names. Paths and attributes stay far below.
+const EXTENSION_BYTES_MAX: u64 = 16 << 20;
+
+fn corrupt(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+/// The tar crate says `Other` of a field that is no number.
+fn field<T>(result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// What an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    Directory,
+    Symlink,
+    /// Another name, `link`, of a file before it in the stream.
+    HardLink,
+    CharacterDevice,
+    BlockDevice,
+    Fifo,
+}
+
+/// One entry, but for its data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) kind: Kind,
+    pub(super) path: Vec<u8>,
+    /// Target of a symbolic or hard link.
+    pub(super) link: Vec<u8>,
+    /// Permission bits, 12 of them.
+    pub(super) mode: u16,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    /// Seconds since 1970, rounded down, and the nanoseconds beyond.
+    pub(super) mtime: (i64, u32),
+    /// Major and minor number.
+    pub(super) device: (u32, u32),
+    /// Full names and values.
+    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Reads entry after entry. Reading it reads the data of the last entry.
+#[derive(Debug)]
+pub(super) struct Reader<R> {
+    inner: R,
+    /// Data of the last entry not read yet.
+    left: u64,
+    /// Padding after that data.
+    padding: u64,
+    global: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl<R: Read> Reader<R> {
+    pub(super) fn new(inner: R) -> Self {
+        Self {
+            inner,
+            left: 0,
+            padding: 0,
+            global: Vec::new(),
+        }
+    }
+
+    /// The next entry, or `None` at the archive's end mark. Skips what was not read of the last.
+    pub(super) fn next_entry(&mut self) -> io::Result<Option<Entry>> {
+        let (mut long_path, mut long_link, mut pax) = (None, None, Vec::new());
+        loop {
+            let Some(header) = self.next_header()? else {
+                return Ok(None);
+            };
+            let kind = header.entry_type();
+            match kind {
+                EntryType::GNULongName => long_path = Some(self.read_name()?),
+                EntryType::GNULongLink => long_link = Some(self.read_name()?),
+                EntryType::XHeader => pax = records(&self.read_extension()?)?,
+                EntryType::XGlobalHeader => {
+                    let records = records(&self.read_extension()?)?;
+                    self.global.extend(records);
+                }
+                _ => {
+                    let records: Vec<_> = self.global.iter().cloned().chain(pax).collect();
+                    return self
+                        .entry(&header, long_path, long_link, &records)
+                        .map(Some);
+                }
+            }
+        }
+    }
+
+    fn next_header(&mut self) -> io::Result<Option<Header>> {
+        let skip = self.left + self.padding;
+        let skipped = io::copy(&mut self.inner.by_ref().take(skip), &mut io::sink())?;
+        if skipped < skip {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        (self.left, self.padding) = (0, 0);
+        let mut header = Header::new_old();
+        self.inner.read_exact(header.as_mut_bytes())?;
+        let bytes = header.as_bytes();
+        // The end is two blocks of zeros; one is enough to know it.
+        if bytes.iter().all(|b| *b == 0) {
+            return Ok(None);
+        }
+        // The checksum is taken with its own field, at 148, as spaces.
+        let sum: u32 = bytes
+            .iter()
+            .enumerate()
+            .map(|(at, b)| {
+                if (148..156).contains(&at) {
+                    32
+                } else {
+                    u32::from(*b)
+                }
+            })
+            .sum();
+        if field(header.cksum())? != sum {
+            return Err(corrupt(
+                "it is not a tar archive: a header's checksum is wrong",
+            ));
+        }
+        self.expect(field(header.entry_size())?)?;
+        Ok(Some(header))
+    }
+
+    fn expect(&mut self, size: u64) -> io::Result<()> {
+        let whole = size
+            .checked_next_multiple_of(BLOCK as u64)
+            .ok_or_else(|| corrupt("an entry's size is out of bounds"))?;
+        self.left = size;
+        self.padding = whole - size;
+        Ok(())
+    }
+
+    fn read_extension(&mut self) -> io::Result<Vec<u8>> {
+        if self.left > EXTENSION_BYTES_MAX {
+            return Err(corrupt("an extension header is longer than 16 MiB"));
+        }
+        let mut bytes = Vec::new();
+        self.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn read_name(&mut self) -> io::Result<Vec<u8>> {
+        let mut name = self.read_extension()?;
+        // GNU tar ends it with a NUL.
+        while name.last() == Some(&0) {
+            name.pop();
+        }
+        Ok(name)
+    }
+
+    fn entry(
+        &mut self,
+        header: &Header,
+        long_path: Option<Vec<u8>>,
+        long_link: Option<Vec<u8>>,
+        records: &[(Vec<u8>, Vec<u8>)],
+    ) -> io::Result<Entry> {
+        // A later record takes precedence, pax(1).
+        let record = |key: &str| {
+            let mut found = records.iter().rev().filter(|(k, _)| k == key.as_bytes());
+            found
+                .next()
+                .map(|(_, value)| value.as_slice())
+                .filter(|v| !v.is_empty())
+        };
+        let number = |key: &str| {
+            record(key)
+                .map(|v| {
+                    std::str::from_utf8(v)
+                        .ok()
+                        .and_then(|v| v.parse::<u64>().ok())
+                        .ok_or_else(|| corrupt(format!("a pax record {key} is not a number")))
+                })
+                .transpose()
+        };
+        if records
+            .iter()
+            .any(|(key, _)| key.starts_with(b"GNU.sparse."))
+        {
+            return Err(corrupt("it has sparse files, which are not supported"));
+        }
+        let path = record("path")
+            .map(<[u8]>::to_vec)
+            .or(long_path)
+            .unwrap_or_else(|| header.path_bytes().into_owned());
+        let kind = match header.entry_type() {
+            // Archives older than ustar mark a directory only so.
+            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
+            EntryType::Regular | EntryType::Continuous => Kind::File,
+            EntryType::Directory => Kind::Directory,
+            EntryType::Symlink => Kind::Symlink,
+            EntryType::Link => Kind::HardLink,
+            EntryType::Char => Kind::CharacterDevice,
+            EntryType::Block => Kind::BlockDevice,
+            EntryType::Fifo => Kind::Fifo,
+            other => {
+                return Err(corrupt(format!(
+                    "{} is of the type {:?}, which is not supported",
+                    String::from_utf8_lossy(&path),
+                    char::from(other.as_byte())
+                )));
+            }
+        };
+        let size = match (kind, number("size")?) {
+            (Kind::File, Some(size)) => size,
+            (Kind::File, None) => field(header.entry_size())?,
+            // Some programs give a hard link the size of the file, without data.
+            _ => 0,
+        };
+        self.expect(size)?;
+        let id = |from_pax: Option<u64>, from_header: io::Result<u64>| {
+            u32::try_from(from_pax.map_or(field(from_header), Ok)?)
+                .map_err(|_| corrupt("an owner's number has more than 32 bits"))
+        };
+        let mtime = match record("mtime") {
+            Some(text) => decimal(text).ok_or_else(|| corrupt("a pax record mtime is no time"))?,
+            // Not all programs fill it in; base 256 may make it negative.
+            None => (header.mtime().map_or(0, u64::cast_signed), 0),
+        };
+        let link = record("linkpath").map(<[u8]>::to_vec).or(long_link);
+        let devices = matches!(kind, Kind::CharacterDevice | Kind::BlockDevice);
+        Ok(Entry {
+            kind,
+            path,
+            link: match link {
+                Some(link) => link,
+                None => header.link_name_bytes().unwrap_or_default().into_owned(),
+            },
+            mode: u16::try_from(field(header.mode())? & 0o7777).expect("12 bits"),
+            uid: id(number("uid")?, header.uid())?,
+            gid: id(number("gid")?, header.gid())?,
+            mtime,
+            device: if devices {
+                (
+                    field(header.device_major())?.unwrap_or(0),
+                    field(header.device_minor())?.unwrap_or(0),
+                )
+            } else {
+                (0, 0)
+            },
+            xattrs: records
+                .iter()
+                .filter_map(|(key, value)| {
+                    let name = key.strip_prefix(b"SCHILY.xattr.")?;
+                    Some((name.to_vec(), value.clone()))
+                })
+                .collect(),
+        })
+    }
+}
+
+impl<R: Read> Read for Reader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 || buffer.is_empty() {
+            return Ok(0);
+        }
+        let n = self.inner.by_ref().take(self.left).read(buffer)?;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
+/// Records `<length> <key>=<value>\n`, the length in decimal and of the whole record; pax(1).
+fn records(mut bytes: &[u8]) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut found = Vec::new();
+    while !bytes.is_empty() {
+        let record = (|| {
+            let space = bytes.iter().position(|b| *b == b' ')?;
+            let length = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
+            let (record, rest) = bytes.split_at_checked(length)?;
+            let body = record.get(space + 1..)?.strip_suffix(b"\n")?;
+            let equals = body.iter().position(|b| *b == b'=')?;
+            bytes = rest;
+            Some((body[..equals].to_vec(), body[equals + 1..].to_vec()))
+        })();
+        found.push(record.ok_or_else(|| corrupt("a pax record is malformed"))?);
+    }
+    Ok(found)
+}
+
+/// Seconds with a fraction, rounded down to the nanosecond.
+fn decimal(text: &[u8]) -> Option<(i64, u32)> {
+    let text = std::str::from_utf8(text).ok()?;
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    if !fraction.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let seconds: i64 = whole.parse().ok()?;
+    let digits: String = fraction
+        .chars()
+        .chain("000000000".chars())
+        .take(9)
+        .collect();
+    let nanoseconds: u32 = digits.parse().ok()?;
+    if text.starts_with('-') && nanoseconds > 0 {
+        return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds));
+    }
+    Some((seconds, nanoseconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(key: &str, value: &[u8]) -> Vec<u8> {
+        let body = [b" ", key.as_bytes(), b"=", value, b"\n"].concat();
+        let mut length = body.len();
+        while length != body.len() + length.to_string().len() {
+            length = body.len() + length.to_string().len();
+        }
+        [length.to_string().as_bytes(), &body].concat()
+    }
+
+    #[test]
+    fn binary_values_do_not_hide_the_records_after_them() {
+        let bytes = [
+            record("SCHILY.xattr.security.capability", b"\x01\n\0\n=\n"),
+            record("uid", b"70000"),
+        ]
+        .concat();
+        let found = records(&bytes).unwrap();
+        assert_eq!(found[0].1, b"\x01\n\0\n=\n");
+        assert_eq!(found[1], (b"uid".to_vec(), b"70000".to_vec()));
+        for length in 1..bytes.len() {
+            drop(records(&bytes[..length]));
+        }
+        assert!(records(b"5 a=b\n").is_err());
+        assert!(records(b"99999999999999999999 a=b\n").is_err());
+    }
+
+    #[test]
+    fn times_round_down() {
+        assert_eq!(decimal(b"12"), Some((12, 0)));
+        assert_eq!(decimal(b"12.5"), Some((12, 500_000_000)));
+        assert_eq!(decimal(b"12.0000000019"), Some((12, 1)));
+        assert_eq!(decimal(b"-1.25"), Some((-2, 750_000_000)));
+        assert_eq!(decimal(b"-1"), Some((-1, 0)));
+        assert_eq!(decimal(b"-0.5"), Some((-1, 500_000_000)));
+        for bad in ["", "x", "1.x", "1e3", "1.-5"] {
+            assert_eq!(decimal(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_archive_cut_short_is_an_error() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = Header::new_ustar();
+        header.set_size(1000);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        builder
+            .append_data(&mut header, "file", &[7; 1000][..])
+            .unwrap();
+        let whole = builder.into_inner().unwrap();
+        let read = |bytes: &[u8]| {
+            let mut reader = Reader::new(bytes);
+            while reader.next_entry()?.is_some() {}
+            Ok::<_, io::Error>(())
+        };
+        read(&whole).unwrap();
+        for length in [0, 1, 512, 600, 1536] {
+            let error = read(&whole[..length]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{length}");
+        }
+        let error = read(&[b'x'; 1024]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}
