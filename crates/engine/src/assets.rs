@@ -140,7 +140,8 @@ impl Assets<'_> {
         }
         let now = Timestamp::now();
         let building = self.layout.images().join(".building");
-        self.os.remove_tree("remove the half-built image", &building)?;
+        self.os
+            .remove_tree("remove the half-built image", &building)?;
         let task = format!("image {name}");
         let image = build_default_image(
             self.os,
@@ -158,9 +159,11 @@ impl Assets<'_> {
         let place = self.layout.image(&image.manifest.digest);
         // A database that was lost may have left the very same image.
         if place.exists() {
-            self.os.remove_tree("remove the half-built image", &building)?;
+            self.os
+                .remove_tree("remove the half-built image", &building)?;
         } else {
-            self.os.rename("put the image in place at", &building, &place)?;
+            self.os
+                .rename("put the image in place at", &building, &place)?;
         }
         store.put_image(&ImageRow {
             name: name.to_owned(),
@@ -175,8 +178,11 @@ impl Assets<'_> {
     pub(crate) fn empty_layer(&self, size_mib: u32) -> Result<PathBuf> {
         let path = self.layout.empty_layer(size_mib);
         if !path.exists() {
-            self.os.create_dir_all("make the cache directory", &self.layout.cache())?;
-            let _lock = self.os.lock("lock the cache", &self.layout.cache().join("lock"))?;
+            self.os
+                .create_dir_all("make the cache directory", &self.layout.cache())?;
+            let _lock = self
+                .os
+                .lock("lock the cache", &self.layout.cache().join("lock"))?;
             if !path.exists() {
                 let making = path.with_extension("making");
                 self.os.remove_file("remove the half-made disk", &making)?;
@@ -186,7 +192,8 @@ impl Assets<'_> {
                     &making,
                     size_mib.into(),
                 )?;
-                self.os.rename("put the empty disk in place at", &making, &path)?;
+                self.os
+                    .rename("put the empty disk in place at", &making, &path)?;
             }
         }
         Ok(path)

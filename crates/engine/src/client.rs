@@ -284,9 +284,11 @@ impl Stream {
                         ));
                     }
                     if let Some(grant) = window.consumed(bytes) {
-                        self.input
-                            .shared
-                            .send(Frame::credit(self.input.id, frame.channel, grant))?;
+                        self.input.shared.send(Frame::credit(
+                            self.input.id,
+                            frame.channel,
+                            grant,
+                        ))?;
                     }
                     return Ok(Heard::Data(frame.channel, frame.payload));
                 }
@@ -424,7 +426,11 @@ impl StreamInput {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .closed;
-        if closed { Ok(()) } else { self.shared.send(frame) }
+        if closed {
+            Ok(())
+        } else {
+            self.shared.send(frame)
+        }
     }
 }
 

@@ -77,10 +77,18 @@ impl Engine {
             Ok(found) => add(
                 "kvm",
                 CheckStatus::Warn,
-                format!("guests run under emulation, many times slower: {}", found.reason),
+                format!(
+                    "guests run under emulation, many times slower: {}",
+                    found.reason
+                ),
                 Some("use a host whose /dev/kvm works for this user".to_owned()),
             ),
-            Err(error) => add("kvm", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned)),
+            Err(error) => add(
+                "kvm",
+                CheckStatus::Fail,
+                error.to_string(),
+                error.hint_text().map(str::to_owned),
+            ),
         }
         self.check_data(&mut add);
         checks
@@ -90,9 +98,15 @@ impl Engine {
         let root = &self.config().data_dir;
         // The nearest directory that is there tells whether the rest can be made.
         let Some(nearest) = root.ancestors().find(|path| path.exists()) else {
-            return add("data", CheckStatus::Fail, format!("{} cannot be made", root.display()), None);
+            return add(
+                "data",
+                CheckStatus::Fail,
+                format!("{} cannot be made", root.display()),
+                None,
+            );
         };
-        let writable = rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK).is_ok() && nearest.is_dir();
+        let writable =
+            rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK).is_ok() && nearest.is_dir();
         if !writable {
             return add(
                 "data",
@@ -117,12 +131,22 @@ impl Engine {
         match Store::open_existing(&crate::layout::Layout::new(root.clone()).database()) {
             Ok(_) => {}
             Err(error) => {
-                return add("state", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned));
+                return add(
+                    "state",
+                    CheckStatus::Fail,
+                    error.to_string(),
+                    error.hint_text().map(str::to_owned),
+                );
             }
         }
         match self.missing_assets(DEFAULT_IMAGE) {
             Ok(missing) if missing.is_empty() => {
-                add("image", CheckStatus::Pass, format!("{DEFAULT_IMAGE} and its kernel are ready"), None);
+                add(
+                    "image",
+                    CheckStatus::Pass,
+                    format!("{DEFAULT_IMAGE} and its kernel are ready"),
+                    None,
+                );
             }
             Ok(missing) => add(
                 "image",
@@ -130,7 +154,12 @@ impl Engine {
                 format!("not prepared yet: {}", missing.join(", ")),
                 Some("smolvm setup".to_owned()),
             ),
-            Err(error) => add("image", CheckStatus::Fail, error.to_string(), error.hint_text().map(str::to_owned)),
+            Err(error) => add(
+                "image",
+                CheckStatus::Fail,
+                error.to_string(),
+                error.hint_text().map(str::to_owned),
+            ),
         }
     }
 }

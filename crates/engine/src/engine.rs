@@ -237,7 +237,10 @@ impl Engine {
                 .collect(),
             None => Vec::new(),
         };
-        names::generate(random_u64()?, |name| taken.iter().any(|other| other == name)).parse()
+        names::generate(random_u64()?, |name| {
+            taken.iter().any(|other| other == name)
+        })
+        .parse()
     }
 
     /// All images, by name. Makes nothing on disk.
@@ -453,9 +456,10 @@ impl Engine {
             teardown::reconcile_row(self.os(), self.layout(), &mut store, &older)?;
         }
         store.insert_sandbox(&row)?;
-        let made = self
-            .os()
-            .create_dir("make the sandbox's directory", self.layout().sandbox(&row.id).path());
+        let made = self.os().create_dir(
+            "make the sandbox's directory",
+            self.layout().sandbox(&row.id).path(),
+        );
         if let Err(error) = made {
             teardown::destroy(self.os(), self.layout(), &mut store, &row.id)?;
             return Err(error.into());
@@ -534,7 +538,8 @@ impl Engine {
             && !path.exists()
         {
             let empty = self.assets().empty_layer(row.spec.disk_mib)?;
-            self.os().copy_sparse("make the sandbox's disk", &empty, &path)?;
+            self.os()
+                .copy_sparse("make the sandbox's disk", &empty, &path)?;
         }
         let plan = plan::plan(row, self.layout(), &facts);
         let text = serde_json::to_vec(&plan).map_err(|error| {
@@ -552,7 +557,9 @@ impl Engine {
             .create_log("open the keeper's log", &dir.keeper_log())?;
         let listener = self
             .os()
-            .effect("listen on the sandbox's socket", &dir.socket(), || launch::listen(&dir))?;
+            .effect("listen on the sandbox's socket", &dir.socket(), || {
+                launch::listen(&dir)
+            })?;
         launch::spawn(&self.config().keeper, &dir, listener, lock, log)?;
         Session::connect(row.spec.name.as_str(), dir.path())
     }
@@ -560,10 +567,17 @@ impl Engine {
     fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
         let qemu = self.programs().find("qemu-system-x86_64")?;
         let acceleration = facts::acceleration(store, self.config().accel)?;
-        let accel = if acceleration.kvm { Accel::Kvm } else { Accel::Emulation };
+        let accel = if acceleration.kvm {
+            Accel::Kvm
+        } else {
+            Accel::Emulation
+        };
         let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(|| {
-            Error::new(ErrorKind::MissingDependency, "the guest kernel is not there")
-                .hint("get it with `smolvm setup`")
+            Error::new(
+                ErrorKind::MissingDependency,
+                "the guest kernel is not there",
+            )
+            .hint("get it with `smolvm setup`")
         })?;
         Ok(HostFacts {
             qemu,
@@ -723,7 +737,8 @@ impl Engine {
                 bytes: used_below(&entry.path()),
             });
             if !dry_run {
-                self.os().remove_tree("remove the leftover", &entry.path())?;
+                self.os()
+                    .remove_tree("remove the leftover", &entry.path())?;
             }
         }
         Ok(pruned)
@@ -755,8 +770,7 @@ fn sentence(error: &Error) -> String {
 fn myself() -> Result<ProcessIdentity> {
     let pid = i32::try_from(std::process::id()).unwrap_or(i32::MAX);
     ProcessIdentity::of(pid)?.ok_or_else(|| {
-        Error::new(ErrorKind::Internal, "could not find this process in /proc")
-            .hint("mount /proc")
+        Error::new(ErrorKind::Internal, "could not find this process in /proc").hint("mount /proc")
     })
 }
 

@@ -89,7 +89,10 @@ impl ExecSpec {
                 .map(|word| word.clone().into_vec().into())
                 .collect(),
             env: env_vars(&self.env),
-            cwd: self.workdir.as_ref().map(|path| path.clone().into_bytes().into()),
+            cwd: self
+                .workdir
+                .as_ref()
+                .map(|path| path.clone().into_bytes().into()),
             user: self.user.clone(),
             timeout_ms: self
                 .timeout

@@ -38,10 +38,7 @@ pub(crate) fn acceleration(store: &mut Store, choice: AccelChoice) -> Result<Acc
         .because(reason)
         .hint("leave --accel out to use emulation, or run `smolvm doctor`"));
     }
-    Ok(Acceleration {
-        kvm: works,
-        reason,
-    })
+    Ok(Acceleration { kvm: works, reason })
 }
 
 /// Whether KVM works, and why or why not.
@@ -101,6 +98,9 @@ pub(crate) fn look(choice: AccelChoice) -> Result<Acceleration> {
             kvm: true,
             reason: "a probe ran guest code in /dev/kvm".to_owned(),
         },
-        Verdict::Broken { why } | Verdict::Absent { why } => Acceleration { kvm: false, reason: why },
+        Verdict::Broken { why } | Verdict::Absent { why } => Acceleration {
+            kvm: false,
+            reason: why,
+        },
     })
 }

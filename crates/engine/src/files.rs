@@ -161,7 +161,10 @@ impl Session {
         };
         if options.make_parents {
             std::fs::create_dir_all(&parent).map_err(|error| {
-                io_error(format!("could not make the directory {}", parent.display()), error)
+                io_error(
+                    format!("could not make the directory {}", parent.display()),
+                    error,
+                )
             })?;
         }
 
@@ -214,7 +217,10 @@ impl Session {
     }
 
     async fn is_directory(&self, guest: &str) -> Result<bool> {
-        match self.list_dir(&format!("{}/.", guest.trim_end_matches('/')), true).await {
+        match self
+            .list_dir(&format!("{}/.", guest.trim_end_matches('/')), true)
+            .await
+        {
             Ok(_) => Ok(true),
             Err(error) => match error.kind() {
                 ErrorKind::NotFound | ErrorKind::InvalidInput => Ok(false),
@@ -230,7 +236,10 @@ fn absolute(guest: &str) -> Result<()> {
     } else {
         Err(Error::new(
             ErrorKind::InvalidInput,
-            format!("`{}` is not an absolute path in the guest", guest.escape_debug()),
+            format!(
+                "`{}` is not an absolute path in the guest",
+                guest.escape_debug()
+            ),
         )
         .hint("give a path that begins with `/`, for example /root/file"))
     }
@@ -304,7 +313,9 @@ fn pack(
             let mut file = std::fs::File::open(&path).map_err(failed)?;
             builder.append_file(&name, &mut file).map_err(failed)?;
         } else if kind.is_symlink() {
-            builder.append_path_with_name(&path, &name).map_err(failed)?;
+            builder
+                .append_path_with_name(&path, &name)
+                .map_err(failed)?;
         } else {
             // A socket or device means nothing in another machine.
             continue;
@@ -319,7 +330,8 @@ fn pack(
 
 /// Unpacks a tar stream whose entries lie below one name, and puts that at `target` in `parent`.
 fn unpack(mut reader: PieceReader, parent: &Path, target: &Path) -> Result<u64> {
-    let failed = |error: io::Error| io_error(format!("could not write {}", target.display()), error);
+    let failed =
+        |error: io::Error| io_error(format!("could not write {}", target.display()), error);
     // Unpacked beside the target and renamed, so that the target appears whole.
     let staging = tempdir_in(parent).map_err(failed)?;
     let mut files = 0;
@@ -380,7 +392,10 @@ impl Drop for Staging {
 fn tempdir_in(parent: &Path) -> io::Result<Staging> {
     let mut seed = [0; 8];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
-    let path = parent.join(format!(".smolvm-download-{:016x}", u64::from_ne_bytes(seed)));
+    let path = parent.join(format!(
+        ".smolvm-download-{:016x}",
+        u64::from_ne_bytes(seed)
+    ));
     std::fs::create_dir(&path)?;
     Ok(Staging { path })
 }
@@ -406,9 +421,9 @@ impl Write for PieceWriter {
             return Ok(());
         }
         let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES));
-        self.sender.blocking_send(piece).map_err(|_| {
-            io::Error::new(io::ErrorKind::BrokenPipe, "the guest takes no more bytes")
-        })
+        self.sender
+            .blocking_send(piece)
+            .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the guest takes no more bytes"))
     }
 }
 
@@ -489,7 +504,11 @@ mod tests {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(*kind);
             header.set_mode(0o4755);
-            let content = if *kind == tar::EntryType::Regular { text.as_bytes() } else { b"" };
+            let content = if *kind == tar::EntryType::Regular {
+                text.as_bytes()
+            } else {
+                b""
+            };
             header.set_size(content.len() as u64);
             // Written as raw bytes, since the library refuses to write hostile names itself.
             header.as_gnu_mut().expect("gnu").name[..name.len()].copy_from_slice(name.as_bytes());
@@ -529,7 +548,11 @@ mod tests {
         let text = "y".repeat(10_000);
         let bytes = archive(&[("f", tar::EntryType::Regular, &text)]);
         for (cut, whole) in [(3000, false), (bytes.len(), false), (3000, true)] {
-            let outcome = unpack(pieces(&bytes[..cut], whole), dir.path(), &dir.path().join("f"));
+            let outcome = unpack(
+                pieces(&bytes[..cut], whole),
+                dir.path(),
+                &dir.path().join("f"),
+            );
             assert!(outcome.is_err(), "cut at {cut}");
             assert_eq!(std::fs::read_dir(dir.path()).expect("entries").count(), 0);
         }

@@ -93,7 +93,10 @@ pub(crate) fn spawn(
         .stderr(Stdio::from(log))
         .spawn()
         .map_err(|error| {
-            let failure = io(format!("could not start the keeper {}", keeper.display()), error);
+            let failure = io(
+                format!("could not start the keeper {}", keeper.display()),
+                error,
+            );
             if failure.kind() == ErrorKind::NotFound {
                 failure.hint("install smolvm-keeper beside smolvm")
             } else {

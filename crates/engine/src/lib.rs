@@ -48,9 +48,7 @@ pub mod teardown;
 pub use assets::{Progress, Watcher};
 pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};
 pub use doctor::{Check, CheckStatus};
-pub use engine::{
-    ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes,
-};
+pub use engine::{ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes};
 pub use error::{Error, ErrorKind, Result};
 pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
 pub use facts::Acceleration;

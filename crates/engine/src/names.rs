@@ -1,12 +1,54 @@
 //! Names for sandboxes that were given none.
 
 const SCIENTISTS: [&str; 48] = [
-    "archimedes", "avogadro", "babbage", "bohr", "boole", "boltzmann", "cantor", "carson", "cavendish",
-    "chandra", "church", "curie", "darwin", "dijkstra", "dirac", "einstein", "euclid", "euler",
-    "faraday", "fermi", "feynman", "franklin", "galileo", "gauss", "goodall", "hamilton", "hawking",
-    "hertz", "hilbert", "hopper", "hypatia", "kepler", "knuth", "lamarr", "leibniz", "liskov",
-    "lovelace", "maxwell", "meitner", "mendel", "newton", "noether", "pascal", "planck", "ramanujan",
-    "shannon", "tesla", "turing",
+    "archimedes",
+    "avogadro",
+    "babbage",
+    "bohr",
+    "boole",
+    "boltzmann",
+    "cantor",
+    "carson",
+    "cavendish",
+    "chandra",
+    "church",
+    "curie",
+    "darwin",
+    "dijkstra",
+    "dirac",
+    "einstein",
+    "euclid",
+    "euler",
+    "faraday",
+    "fermi",
+    "feynman",
+    "franklin",
+    "galileo",
+    "gauss",
+    "goodall",
+    "hamilton",
+    "hawking",
+    "hertz",
+    "hilbert",
+    "hopper",
+    "hypatia",
+    "kepler",
+    "knuth",
+    "lamarr",
+    "leibniz",
+    "liskov",
+    "lovelace",
+    "maxwell",
+    "meitner",
+    "mendel",
+    "newton",
+    "noether",
+    "pascal",
+    "planck",
+    "ramanujan",
+    "shannon",
+    "tesla",
+    "turing",
 ];
 
 /// A name that `taken` does not know, made from `seed`.
@@ -18,7 +60,12 @@ pub(crate) fn generate(seed: u64, taken: impl Fn(&str) -> bool) -> String {
     }
     // 2^32 suffixes: two in a row taken by chance does not happen, and a search ends all the same.
     (0..u64::from(u32::MAX))
-        .map(|step| format!("{plain}-{:08x}", (seed >> 32).wrapping_add(step) & 0xffff_ffff))
+        .map(|step| {
+            format!(
+                "{plain}-{:08x}",
+                (seed >> 32).wrapping_add(step) & 0xffff_ffff
+            )
+        })
         .find(|name| !taken(name))
         .unwrap_or(plain)
 }

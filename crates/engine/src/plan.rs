@@ -76,9 +76,7 @@ pub(crate) fn plan(row: &SandboxRow, layout: &Layout, facts: &HostFacts) -> Laun
             memory_mib: row.spec.memory_mib,
             kernel: facts.vmlinux.clone(),
             initrd: facts.initramfs.clone(),
-            cmdline: format!(
-                "smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"
-            ),
+            cmdline: format!("smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"),
             disks,
             tsc_khz: facts.tsc_khz,
         },
@@ -112,16 +110,44 @@ mod tests {
         let layout = Layout::new("/d".into());
         let mut row = row("a");
         for (mode, disks, upper) in [
-            (DiskMode::Isolated, vec!["/d/images/sha256-0/root.erofs", "/d/sandboxes/id-a/disk.ext4"], "/dev/vdb"),
-            (DiskMode::Shared, vec!["/d/images/sha256-0/root.erofs", "/d/images/sha256-0/shared.ext4"], "/dev/vdb"),
-            (DiskMode::Memory, vec!["/d/images/sha256-0/root.erofs"], "tmpfs"),
+            (
+                DiskMode::Isolated,
+                vec![
+                    "/d/images/sha256-0/root.erofs",
+                    "/d/sandboxes/id-a/disk.ext4",
+                ],
+                "/dev/vdb",
+            ),
+            (
+                DiskMode::Shared,
+                vec![
+                    "/d/images/sha256-0/root.erofs",
+                    "/d/images/sha256-0/shared.ext4",
+                ],
+                "/dev/vdb",
+            ),
+            (
+                DiskMode::Memory,
+                vec!["/d/images/sha256-0/root.erofs"],
+                "tmpfs",
+            ),
         ] {
             row.spec.disk_mode = mode;
             let launch = plan(&row, &layout, &facts());
-            let paths: Vec<_> = launch.vm.disks.iter().map(|disk| disk.path.to_str().expect("utf-8")).collect();
+            let paths: Vec<_> = launch
+                .vm
+                .disks
+                .iter()
+                .map(|disk| disk.path.to_str().expect("utf-8"))
+                .collect();
             assert_eq!(paths, disks);
             assert!(launch.vm.disks[0].read_only);
-            assert!(launch.vm.cmdline.ends_with(&format!("smolvm.upper={upper}")));
+            assert!(
+                launch
+                    .vm
+                    .cmdline
+                    .ends_with(&format!("smolvm.upper={upper}"))
+            );
         }
     }
 

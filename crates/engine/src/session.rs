@@ -144,22 +144,24 @@ impl Session {
         loop {
             match stream.next().await? {
                 Heard::Event(Event::Entries(entries)) => {
-                    files.extend(entries.into_iter().map(|entry| FileInfo {
-                        name: String::from_utf8_lossy(&entry.name).into_owned(),
-                        kind: match entry.kind {
-                            EntryKind::File => FileKind::File,
-                            EntryKind::Directory => FileKind::Directory,
-                            EntryKind::Symlink => FileKind::Symlink,
-                            EntryKind::Other => FileKind::Other,
-                        },
-                        mode: entry.mode,
-                        size: entry.size,
-                        modified: Timestamp::from_second(entry.modified_s).unwrap_or_default(),
-                        uid: entry.uid,
-                        gid: entry.gid,
-                        target: entry
-                            .target
-                            .map(|target| String::from_utf8_lossy(&target).into_owned()),
+                    files.extend(entries.into_iter().map(|entry| {
+                        FileInfo {
+                            name: String::from_utf8_lossy(&entry.name).into_owned(),
+                            kind: match entry.kind {
+                                EntryKind::File => FileKind::File,
+                                EntryKind::Directory => FileKind::Directory,
+                                EntryKind::Symlink => FileKind::Symlink,
+                                EntryKind::Other => FileKind::Other,
+                            },
+                            mode: entry.mode,
+                            size: entry.size,
+                            modified: Timestamp::from_second(entry.modified_s).unwrap_or_default(),
+                            uid: entry.uid,
+                            gid: entry.gid,
+                            target: entry
+                                .target
+                                .map(|target| String::from_utf8_lossy(&target).into_owned()),
+                        }
                     }));
                 }
                 Heard::Event(Event::Done) => return Ok(files),
@@ -172,7 +174,10 @@ impl Session {
     pub(crate) fn confused(&self, answer: &impl std::fmt::Debug) -> Error {
         Error::new(
             ErrorKind::Internal,
-            format!("sandbox `{}` gave an unexpected answer: {answer:?}", self.name),
+            format!(
+                "sandbox `{}` gave an unexpected answer: {answer:?}",
+                self.name
+            ),
         )
     }
 }

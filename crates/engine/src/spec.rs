@@ -191,7 +191,10 @@ impl SandboxSpec {
         {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("working directory `{}` is not an absolute path", workdir.escape_debug()),
+                format!(
+                    "working directory `{}` is not an absolute path",
+                    workdir.escape_debug()
+                ),
             )
             .hint("give a path in the guest that begins with `/`"));
         }
@@ -226,7 +229,11 @@ fn bounded(what: &str, flag: &str, value: u32, min: u32, max: u32, unit: &str) -
     if (min..=max).contains(&value) {
         return Ok(());
     }
-    let side = if value < min { "below the least" } else { "above the most" };
+    let side = if value < min {
+        "below the least"
+    } else {
+        "above the most"
+    };
     let bound = if value < min { min } else { max };
     Err(Error::new(
         ErrorKind::InvalidInput,
@@ -244,7 +251,19 @@ mod tests {
         for good in ["a", "box", "a-b_c", "0", &"x".repeat(64)] {
             assert!(good.parse::<SandboxName>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "_", "A", "a b", "a/b", "é", "a.b", "..", &"x".repeat(65)] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "_",
+            "A",
+            "a b",
+            "a/b",
+            "é",
+            "a.b",
+            "..",
+            &"x".repeat(65),
+        ] {
             let error = bad.parse::<SandboxName>().expect_err(bad);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
         }
@@ -256,7 +275,10 @@ mod tests {
         assert!(spec.check().is_ok());
         spec.memory_mib = 64;
         let error = spec.check().expect_err("too little memory");
-        assert_eq!(error.to_string(), "memory of 64 MiB is below the least, 128 MiB");
+        assert_eq!(
+            error.to_string(),
+            "memory of 64 MiB is below the least, 128 MiB"
+        );
         spec.memory_mib = MEMORY_MIB_MAX + 1;
         assert!(spec.check().is_err());
         spec.memory_mib = MEMORY_MIB_MAX;

@@ -95,7 +95,13 @@ pub(crate) fn reconcile_row(
         Verdict::Dead => {
             end_vmm(row)?;
             let reason = "its keeper ended without a word; the files are as they were";
-            store.transition(&row.id, &[row.state], State::Error, Some(reason), Timestamp::now())
+            store.transition(
+                &row.id,
+                &[row.state],
+                State::Error,
+                Some(reason),
+                Timestamp::now(),
+            )
         }
         Verdict::Remove => {
             end_vmm(row)?;
@@ -136,7 +142,10 @@ pub(crate) fn end_processes(row: &SandboxRow) -> Result<()> {
         if keeper.pid == i32::try_from(std::process::id()).unwrap_or(0) {
             return Err(Error::new(
                 ErrorKind::Busy,
-                format!("sandbox `{}` is being started by this process", row.spec.name),
+                format!(
+                    "sandbox `{}` is being started by this process",
+                    row.spec.name
+                ),
             ));
         }
         keeper.kill_and_wait(KILL_TIMEOUT)?;
@@ -168,7 +177,11 @@ mod tests {
         it.spec.ephemeral = true;
         for state in [State::Created, State::Starting, State::Running] {
             it.state = state;
-            assert_eq!(judge(&it, false, false), Verdict::Remove, "{state}, ephemeral");
+            assert_eq!(
+                judge(&it, false, false),
+                Verdict::Remove,
+                "{state}, ephemeral"
+            );
         }
     }
 }

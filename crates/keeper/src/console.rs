@@ -156,6 +156,9 @@ mod tests {
             let entry = entry.expect("an entry");
             assert!(entry.metadata().expect("metadata").len() <= LOG_BYTES_MAX);
         }
-        assert_eq!(std::fs::read_dir(dir.path()).expect("a directory").count(), 2);
+        assert_eq!(
+            std::fs::read_dir(dir.path()).expect("a directory").count(),
+            2
+        );
     }
 }

@@ -18,9 +18,7 @@ use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
-use smolvm_proto::keeper::{
-    Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest,
-};
+use smolvm_proto::keeper::{Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest};
 use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest};
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Frame, Kind};
@@ -148,8 +146,14 @@ pub(crate) async fn run(
             Accel::Kvm => "kvm",
             Accel::Emulation => "emulation",
         },
-        &identity(std::process::id())?,
-        &identity(vm.pid())?,
+        &identity(std::process::id())?.ok_or_else(|| {
+            KeeperError::io(
+                "find this process in /proc",
+                std::io::ErrorKind::NotFound.into(),
+            )
+        })?,
+        // One that has ended already is reported by the driver, with what it said.
+        identity(vm.pid())?.as_ref(),
     )?;
     if !still_wanted {
         vm.kill().await?;
@@ -157,9 +161,7 @@ pub(crate) async fn run(
     }
 
     let boot = Duration::from_millis(launch.boot_timeout_ms);
-    let ttl = launch
-        .ttl_ms
-        .map(|ttl| begun + Duration::from_millis(ttl));
+    let ttl = launch.ttl_ms.map(|ttl| begun + Duration::from_millis(ttl));
     let mut driver = Driver {
         layout,
         store,
@@ -370,7 +372,11 @@ impl Driver {
         match frame.decode::<Event>() {
             Ok(Event::Done) => {}
             Ok(Event::Failed(failure)) => return broken(failure.message),
-            Ok(other) => return broken(format!("the guest's agent answered its birth with {other:?}")),
+            Ok(other) => {
+                return broken(format!(
+                    "the guest's agent answered its birth with {other:?}"
+                ));
+            }
             Err(error) => return broken(error.to_string()),
         }
         let recorded = self.store.transition(
@@ -496,7 +502,11 @@ impl Driver {
                 reason: format!(
                     "the guest was not ready after {} s{}",
                     self.launch.boot_timeout_ms / 1000,
-                    if hello { ", though its agent had spoken" } else { "" }
+                    if hello {
+                        ", though its agent had spoken"
+                    } else {
+                        ""
+                    }
                 ),
             },
             Phase::Serving(_) => unreachable!("a guest that serves has no deadline"),
@@ -554,7 +564,13 @@ impl Driver {
         } else {
             let held = [State::Starting, State::Running, State::Stopping];
             self.store
-                .transition(&self.launch.id, &held, state, reason.as_deref(), Timestamp::now())
+                .transition(
+                    &self.launch.id,
+                    &held,
+                    state,
+                    reason.as_deref(),
+                    Timestamp::now(),
+                )
                 .map(|_| ())
         };
         let why = match &end {
@@ -613,11 +629,9 @@ fn failure(message: String, console: Vec<String>) -> KeeperEvent {
     KeeperEvent::Failed(KeeperFailure { message, console })
 }
 
-fn identity(pid: u32) -> Result<ProcessIdentity, KeeperError> {
+fn identity(pid: u32) -> Result<Option<ProcessIdentity>, KeeperError> {
     let pid = i32::try_from(pid).unwrap_or(i32::MAX);
-    ProcessIdentity::of(pid)
-        .map_err(smolvm_engine::Error::from)?
-        .ok_or_else(|| KeeperError::io("find a process", std::io::ErrorKind::NotFound.into()))
+    Ok(ProcessIdentity::of(pid).map_err(smolvm_engine::Error::from)?)
 }
 
 fn micros(begun: Instant) -> u64 {

@@ -1,108 +1,13 @@
-//! The small process that owns one running sandbox.
-//!
-//! The engine starts it with a launch file as its one argument, the listening socket as standard
-//! input, the sandbox's lock as standard output and a log as standard error. It starts the machine,
-//! holds the one connection to the guest's agent, serves any number of clients, and when the
-//! machine is off makes the record true and ends. Holding the lock for as long as it lives is
-//! what tells others that it lives.
+//! The keeper with every engine there is. See the library.
 
-mod console;
-mod driver;
-mod error;
-mod link;
-mod routes;
-
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use jiff::Timestamp;
-use rustix::fs::{Mode, OFlags};
-use smolvm_engine::launch::Launch;
-use smolvm_engine::layout::Layout;
-use smolvm_engine::store::{State, Store};
 use smolvm_vmm::Backend;
 use smolvm_vmm::qemu::Qemu;
 
-use crate::error::KeeperError;
-
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
-    let mut arguments = std::env::args_os().skip(1);
-    let (Some(path), None) = (arguments.next(), arguments.next()) else {
-        tracing::error!("smolvm-keeper is started by smolvm, with one launch file");
-        return ExitCode::from(2);
-    };
-    match keep(&PathBuf::from(path)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let mut text = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(source) = cause {
-                text = format!("{text}: {source}");
-                cause = source.source();
-            }
-            tracing::error!("{text}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Takes over what was inherited, and runs the machine until it is off.
-fn keep(path: &Path) -> Result<(), KeeperError> {
-    let begun = tokio::time::Instant::now();
-    let (listener, lock) = inherit().map_err(|error| KeeperError::io("take over the socket", error))?;
-    let launch = Launch::read(path)?;
-    // A current-thread runtime, because the kernel kills the machine when the *thread* that
-    // started it ends: here that is the process's main thread.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| KeeperError::io("start the event loop", error))?;
-    let outcome = runtime.block_on(async {
-        let backend: Box<dyn Backend> = match launch.engine.as_str() {
-            "qemu" => Box::new(Qemu),
-            other => return Err(KeeperError::UnknownEngine(other.to_owned())),
-        };
-        let vm = backend.start(&launch.vm).await?;
-        driver::run(launch.clone(), begun, vm, listener).await
-    });
-    if let Err(error) = &outcome {
-        give_up(&launch, error);
-    }
-    drop(lock);
-    outcome
-}
-
-/// A new session, so that the keeper outlives the terminal of whoever started it, and the inherited
-/// descriptors in a form that the machine's process does not inherit.
-fn inherit() -> std::io::Result<(UnixListener, OwnedFd)> {
-    // Fails only for the leader of a process group, which is in a group of its own already.
-    let _ = rustix::process::setsid();
-    let listener = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-    let lock = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    Ok((UnixListener::from(listener), lock))
-}
-
-/// Records why the sandbox is off, for the case in which the driver could not.
-fn give_up(launch: &Launch, error: &KeeperError) {
-    let layout = Layout::new(launch.data_dir.clone());
-    let recorded = Store::open(&layout.database()).and_then(|mut store| {
-        let held = [State::Starting, State::Running, State::Stopping];
-        let reason = match std::error::Error::source(error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        };
-        store.transition(&launch.id, &held, State::Error, Some(&reason), Timestamp::now())
-    });
-    if let Err(error) = recorded {
-        tracing::error!(%error, "could not record why the sandbox is off");
-    }
+    smolvm_keeper::main(|name| match name {
+        "qemu" => Some(Box::new(Qemu) as Box<dyn Backend>),
+        _ => None,
+    })
 }

@@ -102,9 +102,15 @@ impl Routes {
         };
         let (client, stream) = (route.client, route.stream);
         let fits = match frame.kind {
-            Kind::Data => take(&mut route.windows[frame.channel as usize], frame.payload.len()).is_ok(),
+            Kind::Data => take(
+                &mut route.windows[frame.channel as usize],
+                frame.payload.len(),
+            )
+            .is_ok(),
             Kind::Event | Kind::Eof | Kind::Credit | Kind::Reset => true,
-            Kind::Hello | Kind::Open | Kind::Control | Kind::KeeperOpen | Kind::KeeperEvent => false,
+            Kind::Hello | Kind::Open | Kind::Control | Kind::KeeperOpen | Kind::KeeperEvent => {
+                false
+            }
         };
         // An event that cannot be read would leave the stream open for ever.
         let last = match frame.kind {
@@ -183,11 +189,22 @@ mod tests {
         let first = routes.from_client(1, open(1)).expect("opened").stream;
         let second = routes.from_client(2, open(1)).expect("opened").stream;
         assert_ne!(first, second);
-        assert_eq!(routes.from_client(1, open(1)), None, "a number is used once");
+        assert_eq!(
+            routes.from_client(1, open(1)),
+            None,
+            "a number is used once"
+        );
         let done = Frame::message(second, Kind::Event, &Event::Done);
         let expected = Frame::message(1, Kind::Event, &Event::Done);
-        assert_eq!(routes.from_guest(done.clone()), FromGuest::Deliver(2, expected));
-        assert_eq!(routes.from_guest(done), FromGuest::Drop, "the stream has ended");
+        assert_eq!(
+            routes.from_guest(done.clone()),
+            FromGuest::Deliver(2, expected)
+        );
+        assert_eq!(
+            routes.from_guest(done),
+            FromGuest::Drop,
+            "the stream has ended"
+        );
         assert_eq!(routes.drop_client(1).len(), 1);
         assert!(routes.by_guest.is_empty() && routes.by_client.is_empty());
     }
@@ -196,13 +213,30 @@ mod tests {
     fn a_guest_that_ignores_the_window_is_cut_off() {
         let mut routes = Routes::new(2);
         let number = routes.from_client(1, open(7)).expect("opened").stream;
-        let data = || Frame::new(number, Kind::Data, Channel::Output, vec![0; PAYLOAD_BYTES_MAX]);
+        let data = || {
+            Frame::new(
+                number,
+                Kind::Data,
+                Channel::Output,
+                vec![0; PAYLOAD_BYTES_MAX],
+            )
+        };
         for _ in 0..WINDOW_BYTES as usize / PAYLOAD_BYTES_MAX {
-            assert!(matches!(routes.from_guest(data()), FromGuest::Deliver(1, _)));
+            assert!(matches!(
+                routes.from_guest(data()),
+                FromGuest::Deliver(1, _)
+            ));
         }
         let half = u32::try_from(PAYLOAD_BYTES_MAX).expect("small");
-        assert!(routes.from_client(1, Frame::credit(7, Channel::Output, half)).is_some());
-        assert!(matches!(routes.from_guest(data()), FromGuest::Deliver(1, _)));
+        assert!(
+            routes
+                .from_client(1, Frame::credit(7, Channel::Output, half))
+                .is_some()
+        );
+        assert!(matches!(
+            routes.from_guest(data()),
+            FromGuest::Deliver(1, _)
+        ));
         match routes.from_guest(data()) {
             FromGuest::Cut(1, client, guest) => {
                 assert_eq!((client.stream, client.kind), (7, Kind::Reset));
@@ -217,7 +251,10 @@ mod tests {
     fn a_guest_may_not_send_what_only_a_host_sends() {
         let mut routes = Routes::new(2);
         let number = routes.from_client(1, open(7)).expect("opened").stream;
-        assert!(matches!(routes.from_guest(open(number)), FromGuest::Cut(1, ..)));
+        assert!(matches!(
+            routes.from_guest(open(number)),
+            FromGuest::Cut(1, ..)
+        ));
         let number = routes.from_client(1, open(8)).expect("opened").stream;
         let garbage = Frame::new(number, Kind::Event, Channel::Input, vec![0xff; 9]);
         assert!(matches!(routes.from_guest(garbage), FromGuest::Cut(1, ..)));

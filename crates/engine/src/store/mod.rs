@@ -146,8 +146,12 @@ mod tests {
         for from in 0..MIGRATIONS.len() {
             let mut upgraded = Connection::open_in_memory().expect("memory");
             let migrations = Migrations::from_iter(MIGRATIONS.iter().map(|sql| M::up(sql)));
-            migrations.to_version(&mut upgraded, from).expect("an old version");
-            migrations.to_latest(&mut upgraded).expect("the newest version");
+            migrations
+                .to_version(&mut upgraded, from)
+                .expect("an old version");
+            migrations
+                .to_latest(&mut upgraded)
+                .expect("the newest version");
             assert_eq!(schema(&fresh), schema(&upgraded));
         }
     }
@@ -158,7 +162,9 @@ mod tests {
         let path = dir.path().join("state.db");
         drop(Store::open(&path).expect("a store"));
         let connection = Connection::open(&path).expect("the file");
-        connection.pragma_update(None, "user_version", 99).expect("a version");
+        connection
+            .pragma_update(None, "user_version", 99)
+            .expect("a version");
         drop(connection);
         let error = Store::open(&path).expect_err("too new");
         assert_eq!(error.kind(), ErrorKind::State);

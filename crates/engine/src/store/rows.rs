@@ -228,8 +228,7 @@ impl Store {
         {
             Ok(changed) => Ok(changed == 1),
             Err(error)
-                if error.sqlite_error_code()
-                    == Some(rusqlite::ErrorCode::ConstraintViolation) =>
+                if error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) =>
             {
                 Err(Error::new(
                     ErrorKind::Busy,
@@ -237,7 +236,10 @@ impl Store {
                 )
                 .hint("stop that one first, or create this one with --disk-mode isolated"))
             }
-            Err(error) => Err(sql(format!("could not record that sandbox {id} starts"), error)),
+            Err(error) => Err(sql(
+                format!("could not record that sandbox {id} starts"),
+                error,
+            )),
         }
     }
 
@@ -276,7 +278,7 @@ impl Store {
         engine: &str,
         accel: &str,
         keeper: &ProcessIdentity,
-        vmm: &ProcessIdentity,
+        vmm: Option<&ProcessIdentity>,
     ) -> Result<bool> {
         self.connection
             .prepare_cached(
@@ -291,8 +293,8 @@ impl Store {
                     keeper.boot_id,
                     keeper.pid,
                     to_sql(keeper.start_time_ticks),
-                    vmm.pid,
-                    to_sql(vmm.start_time_ticks),
+                    vmm.map(|vmm| vmm.pid),
+                    vmm.map(|vmm| to_sql(vmm.start_time_ticks)),
                 ])
             })
             .map(|changed| changed == 1)
@@ -305,7 +307,12 @@ impl Store {
             .prepare_cached("DELETE FROM sandboxes WHERE id = ?")
             .and_then(|mut statement| statement.execute([id]))
             .map(|_| ())
-            .map_err(|error| sql(format!("could not remove the record of sandbox {id}"), error))
+            .map_err(|error| {
+                sql(
+                    format!("could not remove the record of sandbox {id}"),
+                    error,
+                )
+            })
     }
 
     /// A sandbox by its name.
@@ -335,7 +342,9 @@ impl Store {
             .map_err(|error| sql(doing, error))?;
         let mut env = self
             .connection
-            .prepare_cached("SELECT name, value FROM sandbox_env WHERE sandbox_id = ? ORDER BY name")
+            .prepare_cached(
+                "SELECT name, value FROM sandbox_env WHERE sandbox_id = ? ORDER BY name",
+            )
             .map_err(|error| sql(doing, error))?;
         for row in &mut rows {
             row.spec.env = env
@@ -368,7 +377,9 @@ impl Store {
     pub fn images(&self) -> Result<Vec<ImageRow>> {
         let doing = "could not read the images in the state database";
         self.connection
-            .prepare_cached("SELECT name, digest, size_bytes, created_ms, source FROM images ORDER BY name")
+            .prepare_cached(
+                "SELECT name, digest, size_bytes, created_ms, source FROM images ORDER BY name",
+            )
             .and_then(|mut statement| {
                 statement
                     .query_map([], |row| {
@@ -555,15 +566,20 @@ pub(crate) mod tests {
         store.insert_sandbox(&written).expect("written");
         assert_eq!(store.sandbox_named("a").expect("read"), Some(written));
         assert!(
-            store.begin_start("id-a", &[State::Created], &process(5), now()).expect("written")
+            store
+                .begin_start("id-a", &[State::Created], &process(5), now())
+                .expect("written")
         );
         assert!(
             store
-                .set_processes("id-a", "qemu", "kvm", &process(1), &process(3))
+                .set_processes("id-a", "qemu", "kvm", &process(1), Some(&process(3)))
                 .expect("written")
         );
         let read = store.sandbox("id-a").expect("read").expect("there");
-        assert_eq!((read.holder, read.vmm), (Some(process(1)), Some(process(3))));
+        assert_eq!(
+            (read.holder, read.vmm),
+            (Some(process(1)), Some(process(3)))
+        );
         store.delete_sandbox("id-a").expect("deleted");
         store.delete_sandbox("id-a").expect("deleted again");
         assert_eq!(store.sandboxes().expect("read"), vec![]);
@@ -584,8 +600,16 @@ pub(crate) mod tests {
         let (_dir, mut store) = store();
         store.insert_sandbox(&row("a")).expect("written");
         let from = [State::Created, State::Stopped];
-        assert!(store.begin_start("id-a", &from, &process(1), now()).expect("won"));
-        assert!(!store.begin_start("id-a", &from, &process(1), now()).expect("lost"));
+        assert!(
+            store
+                .begin_start("id-a", &from, &process(1), now())
+                .expect("won")
+        );
+        assert!(
+            !store
+                .begin_start("id-a", &from, &process(1), now())
+                .expect("lost")
+        );
         let read = store.sandbox("id-a").expect("read").expect("there");
         assert_eq!(read.started_at, Some(now()));
     }
@@ -599,7 +623,11 @@ pub(crate) mod tests {
             store.insert_sandbox(&shared).expect("written");
         }
         let from = [State::Created];
-        assert!(store.begin_start("id-a", &from, &process(1), now()).expect("won"));
+        assert!(
+            store
+                .begin_start("id-a", &from, &process(1), now())
+                .expect("won")
+        );
         let error = store
             .begin_start("id-b", &from, &process(1), now())
             .expect_err("a second writer");
@@ -609,14 +637,23 @@ pub(crate) mod tests {
                 .transition("id-a", &[State::Starting], State::Stopped, None, now())
                 .expect("stopped")
         );
-        assert!(store.begin_start("id-b", &from, &process(1), now()).expect("free now"));
+        assert!(
+            store
+                .begin_start("id-b", &from, &process(1), now())
+                .expect("free now")
+        );
     }
 
     #[test]
     fn host_facts_end_with_the_boot() {
         let (_dir, mut store) = store();
-        store.put_host_fact("kvm", "boot-1", "works").expect("written");
-        assert_eq!(store.host_fact("kvm", "boot-1").expect("read").as_deref(), Some("works"));
+        store
+            .put_host_fact("kvm", "boot-1", "works")
+            .expect("written");
+        assert_eq!(
+            store.host_fact("kvm", "boot-1").expect("read").as_deref(),
+            Some("works")
+        );
         assert_eq!(store.host_fact("kvm", "boot-2").expect("read"), None);
     }
 }

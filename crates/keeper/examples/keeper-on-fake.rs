@@ -1,0 +1,87 @@
+//! The keeper on the fake backend, for tests of the engine and keeper without a virtual machine.
+//!
+//! Its guest answers each request as the real agent does, with the least it can do: every command
+//! prints its arguments, except `hang`, which never ends, and `crash`, which takes the machine down.
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use smolvm_proto::message::{Event, Exited, Started};
+use smolvm_proto::version::{Hello, VERSION_MAX, VERSION_MIN};
+use smolvm_proto::{Channel, Decoder, Frame, Kind, Request};
+use smolvm_vmm::fake::{Fake, FakeGuest, GuestEnd};
+use smolvm_vmm::{Backend, Exit};
+
+fn main() -> ExitCode {
+    smolvm_keeper::main(|_| Some(Box::new(Fake::new(guest)) as Box<dyn Backend>))
+}
+
+fn guest(mut machine: FakeGuest) -> GuestEnd {
+    if machine.plan.name.ends_with("-mute") {
+        // A guest that never becomes ready, and says so where only an error shows it.
+        let _ = machine.console.write_all(b"no root file system\n");
+        let _ = machine.channel.read(&mut [0]);
+        return GuestEnd::Off;
+    }
+    let hello = Hello {
+        version_min: VERSION_MIN,
+        version_max: VERSION_MAX,
+        agent: "fake".to_owned(),
+        kernel: "fake".to_owned(),
+        uptime_ms: 0,
+    };
+    let say = |frame: Frame, channel: &mut std::os::unix::net::UnixStream| {
+        let _ = channel.write_all(&frame.to_bytes());
+    };
+    say(Frame::message(0, Kind::Hello, &hello), &mut machine.channel);
+    let mut decoder = Decoder::new();
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = machine.channel.read(&mut buffer) {
+        decoder.feed(&buffer[..count]);
+        while let Ok(Some(frame)) = decoder.next_frame() {
+            if frame.kind != Kind::Open {
+                continue;
+            }
+            let stream = frame.stream;
+            let mut event = |event| {
+                say(
+                    Frame::message(stream, Kind::Event, &event),
+                    &mut machine.channel,
+                )
+            };
+            match frame.decode::<Request>() {
+                Ok(Request::Exec(exec)) => {
+                    event(Event::Started(Started { pid: 7 }));
+                    match exec.argv[0].as_slice() {
+                        b"hang" => continue,
+                        b"crash" => {
+                            return GuestEnd::Crash(Exit {
+                                code: None,
+                                signal: Some(11),
+                                stderr: "out of luck".to_owned(),
+                            });
+                        }
+                        _ => {}
+                    }
+                    let text: Vec<u8> = exec.argv.iter().flat_map(|word| word.to_vec()).collect();
+                    say(
+                        Frame::new(stream, Kind::Data, Channel::Output, text),
+                        &mut machine.channel,
+                    );
+                    let exited = Exited {
+                        code: Some(0),
+                        signal: None,
+                        timed_out: false,
+                        duration_us: 1,
+                    };
+                    say(
+                        Frame::message(stream, Kind::Event, &Event::Exited(exited)),
+                        &mut machine.channel,
+                    );
+                }
+                _ => event(Event::Done),
+            }
+        }
+    }
+    GuestEnd::Off
+}

@@ -1,0 +1,388 @@
+//! The engine and the keeper together, on the fake backend: the whole life of a sandbox with every
+//! effect on the host failing in its turn.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use smolvm_engine::layout::Layout;
+use smolvm_engine::store::{ImageRow, Store};
+use smolvm_engine::{
+    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, Result, SandboxSpec, Session,
+    State,
+};
+use smolvm_host::ProcessIdentity;
+use smolvm_host::os::{Faults, Os};
+
+/// A data directory with an image and a kernel that only the fake could boot.
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        let home = Self {
+            dir: tempfile::tempdir().expect("a directory"),
+        };
+        let layout = home.layout();
+        let write = |path: PathBuf, text: &str| {
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+            std::fs::write(path, text).expect("a file");
+        };
+        write(layout.image("sha256:0").join("root.erofs"), "");
+        let stock = layout.kernels().join("stock");
+        write(stock.join("vmlinux"), "");
+        write(
+            stock.join("kernel.json"),
+            r#"{"release": "1", "source": "a test", "digest": "sha256:0", "modules": []}"#,
+        );
+        write(home.path("bin/smolvm-agent"), "");
+        write(home.path("bin/qemu-system-x86_64"), "");
+        let executable = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(home.path("bin/qemu-system-x86_64"), executable).expect("a mode");
+        let mut store = Store::open(&layout.database()).expect("a store");
+        store
+            .put_image(&ImageRow {
+                name: "debian-12".to_owned(),
+                digest: "sha256:0".to_owned(),
+                size_bytes: 0,
+                created_at: jiff::Timestamp::UNIX_EPOCH,
+                source: "a test".to_owned(),
+            })
+            .expect("an image");
+        home
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn layout(&self) -> Layout {
+        Layout::new(self.path("data dir"))
+    }
+
+    fn config(&self) -> Config {
+        // Examples are built beside the folder of the test programs.
+        let here = std::env::current_exe().expect("this program");
+        let built = here
+            .parent()
+            .and_then(Path::parent)
+            .expect("the build's folder");
+        Config {
+            data_dir: self.path("data dir"),
+            keeper: built.join("examples/keeper-on-fake"),
+            agent: self.path("bin/smolvm-agent"),
+            program_dirs: vec![self.path("bin")],
+            accel: AccelChoice::Emulation,
+            boot_timeout: Duration::from_secs(20),
+        }
+    }
+
+    fn engine(&self) -> Engine {
+        Engine::new(self.config())
+    }
+
+    /// Nothing is left: no row, no directory, no process.
+    fn assert_clean(&self, what: &str) {
+        let rows = self.engine().list().expect("a list");
+        assert!(rows.is_empty(), "{what}: rows are left: {rows:?}");
+        let left: Vec<_> = std::fs::read_dir(self.layout().sandboxes())
+            .map(|entries| {
+                entries
+                    .map(|entry| entry.expect("an entry").path())
+                    .collect()
+            })
+            .unwrap_or_default();
+        assert!(left.is_empty(), "{what}: directories are left: {left:?}");
+    }
+}
+
+fn spec(name: &str) -> SandboxSpec {
+    SandboxSpec::new(name.parse().expect("a name"))
+}
+
+async fn output(session: &Session, argv: &[&str]) -> Result<String> {
+    let argv = argv.iter().map(Into::into).collect();
+    let mut command = session.exec(&ExecSpec::new(argv)).await?;
+    let mut text = Vec::new();
+    loop {
+        match command.next().await? {
+            ExecEvent::Stdout(bytes) => text.extend(bytes),
+            ExecEvent::Stderr(_) => {}
+            ExecEvent::Exited(_) => return Ok(String::from_utf8_lossy(&text).into_owned()),
+        }
+    }
+}
+
+/// The whole life of a sandbox.
+async fn life(engine: &Engine) -> Result<()> {
+    engine.create(&spec("a"))?;
+    let (session, _) = engine.start("a").await?;
+    assert_eq!(output(&session, &["hello"]).await?, "hello");
+    engine.stop("a", Duration::from_secs(5)).await?;
+    let (session, _) = engine.start("a").await?;
+    assert_eq!(output(&session, &["again"]).await?, "again");
+    engine.delete("a").await
+}
+
+/// Fails the nth effect, and if `forever` all after it.
+#[derive(Debug)]
+struct Nth {
+    nth: u32,
+    forever: bool,
+    seen: AtomicU32,
+    error: fn() -> io::Error,
+}
+
+impl Faults for Nth {
+    fn before(&self, _op: &'static str, _path: &Path) -> io::Result<()> {
+        let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
+        if now == self.nth || self.forever && now > self.nth {
+            Err((self.error)())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_life_leaves_nothing() {
+    let home = Home::new();
+    life(&home.engine()).await.expect("a life");
+    home.assert_clean("after a life");
+}
+
+#[tokio::test]
+async fn whatever_effect_fails_the_next_command_repairs() {
+    let full: fn() -> io::Error = || io::ErrorKind::StorageFull.into();
+    let broken: fn() -> io::Error = || io::ErrorKind::Other.into();
+    let mut failures = 0;
+    for (forever, error) in [(false, full), (false, broken), (true, full)] {
+        for nth in 1.. {
+            let home = Home::new();
+            let faults = Arc::new(Nth {
+                nth,
+                forever,
+                seen: AtomicU32::new(0),
+                error,
+            });
+            let what = format!("effect {nth}, for ever: {forever}");
+            let engine = Engine::with_os(home.config(), Os::with_faults(faults.clone()));
+            let outcome = life(&engine).await;
+            if faults.seen.load(Ordering::Relaxed) < nth {
+                outcome.expect("nothing failed");
+                break;
+            }
+            failures += 1;
+            // An effect may fail without harm, such as removing what is not there.
+            if let Err(error) = outcome {
+                let kinds = [
+                    ErrorKind::NoSpace,
+                    ErrorKind::Internal,
+                    ErrorKind::GuestFailed,
+                ];
+                assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
+            }
+            // A healthy command sees the truth and can remove what there is.
+            let engine = home.engine();
+            for sandbox in engine
+                .list()
+                .unwrap_or_else(|error| panic!("{what}: {error:?}"))
+            {
+                let deleted = engine.delete(sandbox.name.as_str()).await;
+                deleted.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            }
+            home.assert_clean(&what);
+            let second = life(&engine).await;
+            second.unwrap_or_else(|error| panic!("{what}, second try: {error:?}"));
+            home.assert_clean(&what);
+        }
+    }
+    assert!(failures > 20, "only {failures} effects were failed");
+}
+
+#[tokio::test]
+async fn two_starters_get_one_machine() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    let (first, second) = tokio::join!(engine.start("a"), engine.start("a"));
+    let (first, second) = (first.expect("started").0, second.expect("connected").0);
+    assert_eq!(output(&first, &["x"]).await.expect("output"), "x");
+    assert_eq!(output(&second, &["y"]).await.expect("output"), "y");
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after two starts");
+}
+
+#[tokio::test]
+async fn an_owner_that_goes_takes_the_sandbox_along() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine
+        .create(&SandboxSpec {
+            ephemeral: true,
+            ..spec("a")
+        })
+        .expect("created");
+    let (session, _) = engine.start("a").await.expect("started");
+    session.own().await.expect("owned");
+    let keeper = keeper(&engine, "a");
+    drop(session);
+    ended(&keeper).await;
+    home.assert_clean("after the owner went");
+}
+
+#[tokio::test]
+async fn a_machine_that_dies_is_told_truthfully() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    let (session, _) = engine.start("a").await.expect("started");
+    let keeper = keeper(&engine, "a");
+    output(&session, &["crash"])
+        .await
+        .expect_err("the machine is gone");
+    ended(&keeper).await;
+    let info = engine.info("a").expect("a row");
+    assert_eq!(info.state, State::Error);
+    let reason = info.reason.expect("a reason");
+    assert!(
+        reason.contains("signal 11") && reason.contains("out of luck"),
+        "{reason}"
+    );
+    let error = engine.connect("a").await.expect_err("it is off");
+    assert_eq!(error.kind(), ErrorKind::NotRunning);
+    engine.start("a").await.expect("started again");
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after a crash");
+}
+
+#[tokio::test]
+async fn a_keeper_that_dies_is_told_truthfully() {
+    let home = Home::new();
+    let engine = home.engine();
+    for ephemeral in [false, true] {
+        engine
+            .create(&SandboxSpec {
+                ephemeral,
+                ..spec("a")
+            })
+            .expect("created");
+        engine.start("a").await.expect("started");
+        let keeper = keeper(&engine, "a");
+        keeper
+            .kill_and_wait(Duration::from_secs(10))
+            .expect("killed");
+        let rows = engine.list().expect("a list");
+        if ephemeral {
+            assert!(rows.is_empty(), "{rows:?}");
+        } else {
+            assert_eq!(rows[0].state, State::Error);
+            engine.start("a").await.expect("started again");
+            engine.delete("a").await.expect("deleted");
+        }
+        home.assert_clean("after the keeper's death");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_is_never_ready_shows_its_console() {
+    let home = Home::new();
+    let engine = Engine::new(Config {
+        boot_timeout: Duration::from_millis(300),
+        ..home.config()
+    });
+    engine.create(&spec("a-mute")).expect("created");
+    let error = engine.start("a-mute").await.expect_err("never ready");
+    assert_eq!(error.kind(), ErrorKind::GuestFailed);
+    assert_eq!(error.console_lines(), ["no root file system"]);
+    assert_eq!(engine.info("a-mute").expect("a row").state, State::Error);
+    engine.delete("a-mute").await.expect("deleted");
+    home.assert_clean("after a guest that was never ready");
+}
+
+#[tokio::test]
+async fn a_time_to_live_ends() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine
+        .create(&SandboxSpec {
+            ttl: Some(Duration::from_secs(2)),
+            ..spec("a")
+        })
+        .expect("created");
+    let (session, _) = engine.start("a").await.expect("started");
+    let keeper = keeper(&engine, "a");
+    output(&session, &["hang"])
+        .await
+        .expect_err("the sandbox is gone");
+    ended(&keeper).await;
+    home.assert_clean("after the time-to-live");
+}
+
+#[tokio::test]
+async fn a_missing_keeper_leaves_a_sandbox_that_can_be_started_later() {
+    let home = Home::new();
+    let engine = Engine::new(Config {
+        keeper: home.path("bin/no-such-keeper"),
+        ..home.config()
+    });
+    engine.create(&spec("a")).expect("created");
+    let error = engine.start("a").await.expect_err("no keeper");
+    assert!(error.to_string().contains("no-such-keeper"), "{error}");
+    let engine = home.engine();
+    assert_eq!(engine.info("a").expect("a row").state, State::Error);
+    engine.start("a").await.expect("started");
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after a missing keeper");
+}
+
+#[tokio::test]
+async fn what_belongs_to_no_sandbox_is_pruned() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    let stray = home.layout().sandboxes().join("0000000000000000");
+    std::fs::create_dir(&stray).expect("a directory");
+    let would = engine.prune(true, true).await.expect("a dry run");
+    assert_eq!(would.len(), 1, "{would:?}");
+    assert!(stray.exists());
+    engine.prune(false, true).await.expect("pruned");
+    assert!(!stray.exists());
+    assert_eq!(engine.info("a").expect("untouched").state, State::Running);
+    engine.stop("a", Duration::ZERO).await.expect("stopped");
+    engine.prune(false, true).await.expect("pruned");
+    home.assert_clean("after pruning");
+}
+
+fn keeper(engine: &Engine, name: &str) -> ProcessIdentity {
+    let pid = engine
+        .info(name)
+        .expect("a row")
+        .keeper_pid
+        .expect("a keeper");
+    ProcessIdentity::of(i32::try_from(pid).expect("a pid"))
+        .expect("/proc")
+        .expect("a keeper that runs")
+}
+
+/// Waits until a process has ended.
+async fn ended(process: &ProcessIdentity) {
+    let Some(pidfd) = process.open().expect("a pidfd") else {
+        return;
+    };
+    let ready = tokio::task::spawn_blocking(move || {
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        let limit = Timespec {
+            tv_sec: 20,
+            tv_nsec: 0,
+        };
+        poll(&mut fds, Some(&limit)).expect("a wait")
+    });
+    assert_eq!(ready.await.expect("a thread"), 1, "it ends in time");
+}
