@@ -35,28 +35,28 @@ const NO_SPACE: &[&str] = &[
     "enough free space",
 ];
 
-/// What a Debian program's last lines say about the kind of a failure.
-pub(crate) fn classify(error: HostError) -> HostError {
-    let Some(failure) = error
+/// Whether the program that failed said any of the phrases in its last lines.
+pub(crate) fn says(error: &HostError, phrases: &[&str]) -> bool {
+    let failure = error
         .source()
-        .and_then(|s| s.downcast_ref::<ProgramFailure>())
-    else {
-        return error;
-    };
-    let says = |phrases: &[&str]| {
+        .and_then(|s| s.downcast_ref::<ProgramFailure>());
+    failure.is_some_and(|failure| {
         failure
             .last_lines
             .iter()
             .any(|line| phrases.iter().any(|phrase| line.contains(phrase)))
-    };
-    let kind = if says(NO_SPACE) {
-        HostErrorKind::NoSpace
-    } else if says(NETWORK) {
-        HostErrorKind::Network
+    })
+}
+
+/// Gives a Debian program's failure the kind its last lines speak of.
+pub(crate) fn classify(error: HostError) -> HostError {
+    if says(&error, NO_SPACE) {
+        error.with_kind(HostErrorKind::NoSpace)
+    } else if says(&error, NETWORK) {
+        error.with_kind(HostErrorKind::Network)
     } else {
-        return error;
-    };
-    error.with_kind(kind)
+        error
+    }
 }
 
 /// The percentage in a line of apt's status descriptor, `dlstatus:<item>:<percent>:<text>`; see

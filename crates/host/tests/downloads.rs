@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use smolvm_host::image::{BuildRequest, Image, build_default_image};
 use smolvm_host::kernel::{Kernel, MODULES, fetch_kernel};
 use smolvm_host::{Cancel, Os, Programs, Progress};
 
@@ -48,4 +49,50 @@ fn the_distributions_kernel() {
         assert!(std::fs::read(path).unwrap().starts_with(b"\x7fELF"));
     }
     assert_eq!(Kernel::open(&os, &dest).unwrap(), kernel);
+}
+
+#[test]
+#[ignore = "downloads 60 MB and takes half a minute"]
+fn the_default_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("image");
+    let request = BuildRequest {
+        name: "default".to_owned(),
+        created: "2026-01-02T03:04:05Z".to_owned(),
+        mirror: None,
+        packages: Vec::new(),
+    };
+    let mut seen = Vec::new();
+    let os = Os::new();
+    let image = build_default_image(
+        &os,
+        &Programs::new([PathBuf::from("/usr/bin")]),
+        &request,
+        &dest,
+        &Cancel::new().unwrap(),
+        &mut |p| seen.push(p),
+    )
+    .unwrap();
+    check_progress(&seen);
+    assert!(seen.len() > 50);
+    for name in ["python3", "bash", "git", "curl", "ca-certificates", "apt"] {
+        let packages = &image.manifest.packages;
+        assert!(packages.iter().any(|p| p.name == name), "{name}");
+    }
+    let length = std::fs::metadata(image.root()).unwrap().len();
+    assert_eq!(image.manifest.size, length);
+    assert!(length < 350 << 20, "{length} bytes");
+    assert_eq!(Image::open(&os, &dest).unwrap(), image);
+    let check = std::process::Command::new("fsck.erofs")
+        .arg(image.root())
+        .output()
+        .expect("this test needs fsck.erofs: install the package erofs-utils");
+    assert!(check.status.success(), "{check:?}");
+    // Nothing but the image and its lock.
+    let mut names: Vec<_> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, [".image.lock", "image"]);
 }
