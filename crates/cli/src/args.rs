@@ -1,0 +1,209 @@
+//! The command line as typed. Nothing here is interpreted yet: each command turns its own arguments
+//! into what the engine understands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use smolvm_engine::AccelChoice;
+
+use crate::commands::{
+    bench, completion, cp, create, delete, doctor, exec, file, image, info, list, logs, prune, run,
+    setup, shell, start, stop,
+};
+
+/// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
+#[derive(Debug, Parser)]
+#[command(
+    name = "smolvm",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    disable_help_subcommand = true,
+    after_help = "Example:\n  smolvm run -- python3 -c 'print(6*7)'\n\n\
+                  `smolvm setup` prepares this host; `smolvm doctor` says what is wrong with it."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+/// Flags every command takes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Globals {
+    /// Print exactly one JSON object on standard output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Keep all state here [env: SMOLVM_DATA_DIR] [default: /var/lib/smolvm for root, else
+    /// ~/.local/state/smolvm]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// How guest instructions run
+    #[arg(long, global = true, value_name = "HOW", value_enum, default_value_t = Accel::Auto)]
+    #[arg(hide_possible_values = false)]
+    pub(crate) accel: Accel,
+    /// Say nothing on standard error but failures
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// Log to standard error; twice for more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+/// How guest instructions run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accel {
+    /// Hardware virtualization if a probe shows that it works, else emulation
+    Auto,
+    /// Hardware virtualization, or an error that says why not
+    Kvm,
+    /// Emulation
+    Emulation,
+}
+
+impl From<Accel> for AccelChoice {
+    fn from(accel: Accel) -> Self {
+        match accel {
+            Accel::Auto => Self::Auto,
+            Accel::Kvm => Self::Kvm,
+            Accel::Emulation => Self::Emulation,
+        }
+    }
+}
+
+/// The commands. Those that deal with one sandbox are here in a short form, and complete under
+/// `sandbox`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new sandbox, which is gone afterwards
+    Run(run::Args),
+    /// Create and start a sandbox
+    Create(create::Args),
+    /// Run a command in a sandbox
+    Exec(exec::Args),
+    /// Open a login shell in a sandbox
+    Shell(shell::Args),
+    /// Copy files into or out of a sandbox
+    Cp(cp::Args),
+    /// List sandboxes
+    #[command(alias = "list")]
+    Ls(list::Args),
+    /// Show everything about a sandbox
+    Info(info::Args),
+    /// Show the console of a sandbox
+    Logs(logs::Args),
+    /// Start a stopped sandbox
+    Start(start::Args),
+    /// Stop a sandbox
+    Stop(stop::Args),
+    /// Delete sandboxes, running or not
+    #[command(alias = "delete")]
+    Rm(delete::Args),
+    /// Everything that can be done with sandboxes
+    #[command(
+        alias = "computer",
+        after_help = "Example:\n  smolvm sandbox create --name box"
+    )]
+    Sandbox(Sandbox),
+    /// Files of a sandbox
+    #[command(after_help = "Example:\n  smolvm file ls box /etc")]
+    File(File),
+    /// Images sandboxes are made from
+    #[command(after_help = "Example:\n  smolvm image list")]
+    Image(Image),
+    /// Check whether this host can run sandboxes
+    Doctor(doctor::Args),
+    /// Prepare this host: programs, kernel, image
+    Setup(setup::Args),
+    /// Print the completion script of a shell
+    Completion(completion::Args),
+    /// Measure this host
+    #[command(after_help = "Example:\n  smolvm bench lifecycle -n 5")]
+    Bench(Bench),
+}
+
+/// `smolvm sandbox`.
+#[derive(Debug, Args)]
+pub(crate) struct Sandbox {
+    #[command(subcommand)]
+    pub(crate) command: Option<SandboxCommand>,
+}
+
+/// The verbs of `smolvm sandbox`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SandboxCommand {
+    /// Create and start a sandbox
+    Create(create::Args),
+    /// List sandboxes
+    #[command(alias = "ls")]
+    List(list::Args),
+    /// Show everything about a sandbox
+    Info(info::Args),
+    /// Start a stopped sandbox
+    Start(start::Args),
+    /// Stop a sandbox
+    Stop(stop::Args),
+    /// Delete sandboxes, running or not
+    #[command(alias = "rm")]
+    Delete(delete::Args),
+    /// Run a command in a sandbox
+    Exec(exec::Args),
+    /// Open a login shell in a sandbox
+    Shell(shell::Args),
+    /// Show the console of a sandbox
+    Logs(logs::Args),
+    /// Remove what no sandbox owns any more
+    Prune(prune::Args),
+    /// Files of a sandbox
+    #[command(hide = true)]
+    File(File),
+}
+
+/// `smolvm file`.
+#[derive(Debug, Args)]
+pub(crate) struct File {
+    #[command(subcommand)]
+    pub(crate) command: Option<FileCommand>,
+}
+
+/// The verbs of `smolvm file`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum FileCommand {
+    /// Copy a file or directory into a sandbox
+    Upload(file::UploadArgs),
+    /// Copy a file or directory out of a sandbox
+    Download(file::DownloadArgs),
+    /// List a directory of a sandbox
+    Ls(file::LsArgs),
+}
+
+/// `smolvm image`.
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    #[command(subcommand)]
+    pub(crate) command: Option<ImageCommand>,
+}
+
+/// The verbs of `smolvm image`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// List the images on this host
+    #[command(alias = "ls")]
+    List(image::ListArgs),
+}
+
+/// `smolvm bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(crate) command: Option<BenchCommand>,
+}
+
+/// The verbs of `smolvm bench`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure the whole life of a sandbox
+    Lifecycle(bench::Args),
+}

@@ -1,0 +1,65 @@
+//! `smolvm create`: a sandbox that stays.
+
+use serde_json::json;
+
+use super::machine::Machine;
+use super::{Context, Outcome, block_on};
+use crate::prepare;
+use crate::report::CliError;
+use crate::signals::Signals;
+
+/// Arguments of `create`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  smolvm create --name box --memory 1G
+
+Prints the sandbox's name.")]
+pub(crate) struct Args {
+    /// Create it only; `smolvm start` starts it
+    #[arg(long)]
+    no_start: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// Creates the sandbox, and starts it.
+pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(args.machine.boot_timeout)?;
+    let mut spec = args.machine.spec(cx, &engine)?;
+    let info = block_on(async {
+        let mut signals = Signals::install()?;
+        prepare::image(cx, &engine, &mut signals, &spec.image, spec.kernel.clone()).await?;
+        let created = args.machine.create(&engine, &mut spec)?;
+        if args.no_start {
+            return Ok(created);
+        }
+        prepare::note_emulation(cx, &engine);
+        let name = spec.name.as_str();
+        if let Err(error) = signals.or_interrupted(engine.start(name)).await {
+            // What was asked for is a running sandbox; half of it would only be in the way. The
+            // console is in the error.
+            signals.or_interrupted(engine.delete(name)).await?;
+            return Err(error);
+        }
+        Ok(engine.info(name)?)
+    })?;
+    let name = info.name.as_str();
+    cx.out.line(name)?;
+    Ok(json!({
+        "vm": {
+            "name": name,
+            "status": info.state.as_str(),
+            "os": info.image,
+            "started_at": info.started_at,
+        },
+        "next": {
+            "shell_command": format!("smolvm shell {name}"),
+            "ssh_command": null,
+            "desktop_command": null,
+            "info_command": format!("smolvm info {name}"),
+        },
+        "warnings": [],
+    })
+    .into())
+}

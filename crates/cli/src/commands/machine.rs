@@ -1,0 +1,223 @@
+//! The flags that describe a sandbox, shared by `run` and `create`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use smolvm_engine::{
+    CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, MEMORY_MIB_DEFAULT,
+    SandboxInfo, SandboxSpec,
+};
+
+use super::Context;
+use crate::report::CliError;
+use crate::units;
+
+/// How often another generated name is tried when someone else was faster.
+const NAMES_TRIED: usize = 16;
+
+/// What the sandbox is to be.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct Machine {
+    /// Its name [default: generated]
+    #[arg(short, long)]
+    name: Option<String>,
+    /// Image of its root file system
+    #[arg(long, default_value = DEFAULT_IMAGE)]
+    image: String,
+    /// Virtual CPUs
+    #[arg(long, value_name = "COUNT", default_value_t = CPUS_DEFAULT)]
+    cpus: u8,
+    /// Memory: 512 (MiB), 512M or 1G
+    #[arg(long, value_name = "SIZE", value_parser = units::mib, default_value_t = MEMORY_MIB_DEFAULT)]
+    memory: u32,
+    /// Room for changes to its root file system: 4096 (MiB) or 4G; only what is used takes space
+    #[arg(long, alias = "disk-size", value_name = "SIZE", value_parser = units::mib)]
+    #[arg(default_value_t = DISK_MIB_DEFAULT)]
+    disk: u32,
+    /// Where changes to its root file system go
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Mode::Isolated)]
+    disk_mode: Mode,
+    /// Environment of its commands; NAME alone copies ours
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// File of NAME=VALUE lines for the same
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// Directory its commands start in
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// User its commands run as [default: root]
+    #[arg(short, long)]
+    user: Option<String>,
+    /// Destroy it this long after each start: 30s, 5m, 2h
+    #[arg(long, value_name = "TIME", value_parser = units::limit)]
+    ttl: Option<Duration>,
+    /// Most time to boot [default: 1m]
+    #[arg(long, value_name = "TIME", value_parser = units::limit)]
+    pub(crate) boot_timeout: Option<Duration>,
+    /// Kernel to boot (vmlinux or bzImage) [default: that of the distribution]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+}
+
+/// Where changes go.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Mode {
+    /// A layer of its own, kept over stop and start
+    Isolated,
+    /// One layer that belongs to the image; one sandbox at a time
+    Shared,
+    /// Its memory; gone when it stops
+    Memory,
+}
+
+impl Machine {
+    /// Whether the name was generated.
+    fn anonymous(&self) -> bool {
+        self.name.is_none()
+    }
+
+    /// What was meant, checked.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for a value out of bounds; a failed read of an environment file.
+    pub(crate) fn spec(&self, cx: &Context, engine: &Engine) -> Result<SandboxSpec, CliError> {
+        let name = match &self.name {
+            Some(name) => name.parse()?,
+            None => engine.unused_name()?,
+        };
+        let kernel = match &self.kernel {
+            // The keeper has another working directory.
+            Some(kernel) => Some(
+                std::path::absolute(kernel)
+                    .map_err(|error| CliError::io("finding the current directory", error))?,
+            ),
+            None => None,
+        };
+        let spec = SandboxSpec {
+            image: self.image.clone(),
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            disk_mib: self.disk,
+            disk_mode: match self.disk_mode {
+                Mode::Isolated => DiskMode::Isolated,
+                Mode::Shared => DiskMode::Shared,
+                Mode::Memory => DiskMode::Memory,
+            },
+            env: environment(cx, &self.env_file, &self.env)?,
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            ttl: self.ttl,
+            kernel,
+            ..SandboxSpec::new(name)
+        };
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// Creates the sandbox. A generated name that another process took meanwhile is replaced.
+    ///
+    /// # Errors
+    ///
+    /// What the engine failed with.
+    pub(crate) fn create(
+        &self,
+        engine: &Engine,
+        spec: &mut SandboxSpec,
+    ) -> Result<SandboxInfo, CliError> {
+        for _ in 1..NAMES_TRIED {
+            match engine.create(spec) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists && self.anonymous() => {
+                    spec.name = engine.unused_name()?;
+                }
+                result => return Ok(result?),
+            }
+        }
+        Ok(engine.create(spec)?)
+    }
+}
+
+/// Reads the environment for a guest: files first, then flags, later ones winning.
+///
+/// # Errors
+///
+/// A failed read; a line that is no variable.
+pub(crate) fn environment(
+    cx: &Context,
+    files: &[PathBuf],
+    flags: &[String],
+) -> Result<Vec<(String, String)>, CliError> {
+    let mut env = Vec::new();
+    for path in files {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            CliError::io(
+                format!("reading environment file {}", path.display()),
+                error,
+            )
+        })?;
+        for line in lines(&text) {
+            add(&mut env, line, &|name| cx.world.variable(name));
+        }
+    }
+    for flag in flags {
+        add(&mut env, flag, &|name| cx.world.variable(name));
+    }
+    for (name, value) in &env {
+        smolvm_engine::check_env(name, value)?;
+    }
+    Ok(env)
+}
+
+/// The lines of an environment file that say something.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .map(str::trim_start)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+/// Adds `NAME=VALUE`, or the caller's `NAME` if the caller has it.
+fn add(env: &mut Vec<(String, String)>, text: &str, ours: &dyn Fn(&str) -> Option<String>) {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => match ours(text) {
+            Some(value) => (text.to_owned(), value),
+            // As Docker: a script may name what only some of its callers have.
+            None if smolvm_engine::check_env(text, "").is_ok() => return,
+            None => (text.to_owned(), String::new()),
+        },
+    };
+    env.retain(|(known, _)| *known != name);
+    env.push((name, value));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_variables_win_and_names_alone_are_copied() {
+        let mut env = Vec::new();
+        let ours = |name: &str| (name == "HOME").then(|| "/home/a".to_owned());
+        for text in ["A=1", "HOME", "MISSING", "B=x=y", "A=2", "EMPTY="] {
+            add(&mut env, text, &ours);
+        }
+        let flat: Vec<String> = env
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        assert_eq!(flat, ["HOME=/home/a", "B=x=y", "A=2", "EMPTY="]);
+        add(&mut env, "", &ours);
+        assert!(
+            smolvm_engine::check_env(&env[4].0, &env[4].1).is_err(),
+            "is refused later"
+        );
+    }
+
+    #[test]
+    fn comments_in_environment_files_are_left_out() {
+        let text = "# one\n\nA=1\n  B=2 # kept\r\n";
+        assert_eq!(lines(text).collect::<Vec<_>>(), ["A=1", "B=2 # kept"]);
+    }
+}

@@ -1,0 +1,331 @@
+//! One file per verb: its arguments, its help, its function.
+//!
+//! A command gets its own arguments and a [`Context`], writes data for people through
+//! [`Context::out`] as it goes, and returns the same data for programs in an [`Outcome`].
+
+pub(crate) mod bench;
+pub(crate) mod completion;
+pub(crate) mod cp;
+pub(crate) mod create;
+pub(crate) mod delete;
+pub(crate) mod doctor;
+pub(crate) mod exec;
+pub(crate) mod file;
+pub(crate) mod image;
+pub(crate) mod info;
+mod join;
+pub(crate) mod list;
+pub(crate) mod logs;
+mod machine;
+pub(crate) mod prune;
+pub(crate) mod run;
+pub(crate) mod setup;
+pub(crate) mod shell;
+pub(crate) mod start;
+pub(crate) mod stop;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::time::Duration;
+
+use clap::CommandFactory as _;
+use serde_json::Value;
+use smolvm_engine::Engine;
+
+use crate::args::{BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, SandboxCommand};
+use crate::exit::Exit;
+use crate::output::{self, Output};
+use crate::report::CliError;
+use crate::terminal;
+use crate::world::World;
+
+/// What every command has at hand.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// What was read of the world.
+    pub(crate) world: World,
+    /// How to write.
+    pub(crate) out: Output,
+    /// Whether more than failures and data is wanted.
+    pub(crate) verbose: bool,
+    globals: Globals,
+}
+
+impl Context {
+    /// The engine, as the flags and the environment want it. Touches nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`CliError::Usage`] if nothing says where to keep state.
+    pub(crate) fn engine(&self, boot_timeout: Option<Duration>) -> Result<Engine, CliError> {
+        Ok(Engine::new(self.world.config(&self.globals, boot_timeout)?))
+    }
+}
+
+/// What a command did.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    /// The `data` of the JSON envelope.
+    pub(crate) data: Value,
+    /// What failed beside it, or how the guest's command ended.
+    pub(crate) error: Option<CliError>,
+}
+
+impl From<Value> for Outcome {
+    fn from(data: Value) -> Self {
+        Self { data, error: None }
+    }
+}
+
+/// A command with its arguments.
+type Action = dyn FnOnce(&Context) -> Result<Outcome, CliError>;
+
+/// What to do.
+enum Verb {
+    Do(Box<Action>),
+    /// The name of the command whose help was asked for by leaving its verb out.
+    Help(&'static [&'static str]),
+}
+
+/// Runs a command and says how it ended, to people or to programs.
+pub(crate) fn run(cli: Cli, world: World) -> Exit {
+    terminal::restore_on_panic();
+    log(cli.globals.verbose);
+    let Some(command) = cli.command else {
+        return help(&[]);
+    };
+    let guest = in_guest(&command);
+    let (name, verb) = verb(command);
+    let verb = match verb {
+        Verb::Do(verb) => verb,
+        Verb::Help(path) => return help(path),
+    };
+    let out = Output {
+        json: cli.globals.json,
+        quiet: cli.globals.quiet,
+    };
+    let cx = Context {
+        world,
+        out,
+        verbose: cli.globals.verbose > 0,
+        globals: cli.globals,
+    };
+    let (data, error) = match verb(&cx) {
+        Ok(outcome) => (outcome.data, outcome.error),
+        Err(error) => (Value::Null, Some(error)),
+    };
+    let exit = error
+        .as_ref()
+        .map_or(Exit::Success, |error| error.exit(guest));
+    if out.json {
+        let printed = output::envelope(name, exit, &data, error.as_ref().map(CliError::json));
+        if let Err(error) = printed {
+            output::stderr_raw(&error.text());
+            return error.exit(guest);
+        }
+    } else if let Some(error) = error {
+        output::stderr_raw(&error.text());
+    }
+    exit
+}
+
+/// Whether 1 and its neighbours belong to something that runs in a guest.
+fn in_guest(command: &Command) -> bool {
+    match command {
+        Command::Run(_) | Command::Exec(_) | Command::Shell(_) => true,
+        Command::Sandbox(sandbox) => matches!(
+            sandbox.command,
+            Some(SandboxCommand::Exec(_) | SandboxCommand::Shell(_))
+        ),
+        _ => false,
+    }
+}
+
+/// Finds a command's dotted name, the same for its short and its long form, and its function.
+fn verb(command: Command) -> (&'static str, Verb) {
+    macro_rules! verb {
+        ($name:literal, $function:path, $args:expr) => {{
+            let args = $args;
+            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
+        }};
+    }
+    match command {
+        Command::Run(args) => verb!("run", run::run, args),
+        Command::Create(args) => sandbox(SandboxCommand::Create(args)),
+        Command::Exec(args) => sandbox(SandboxCommand::Exec(args)),
+        Command::Shell(args) => sandbox(SandboxCommand::Shell(args)),
+        Command::Ls(args) => sandbox(SandboxCommand::List(args)),
+        Command::Info(args) => sandbox(SandboxCommand::Info(args)),
+        Command::Logs(args) => sandbox(SandboxCommand::Logs(args)),
+        Command::Start(args) => sandbox(SandboxCommand::Start(args)),
+        Command::Stop(args) => sandbox(SandboxCommand::Stop(args)),
+        Command::Rm(args) => sandbox(SandboxCommand::Delete(args)),
+        Command::Sandbox(group) => match group.command {
+            Some(command) => sandbox(command),
+            None => ("sandbox", Verb::Help(&["sandbox"])),
+        },
+        Command::Cp(args) => verb!("cp", cp::run, args),
+        Command::File(group) => file(group.command),
+        Command::Image(group) => match group.command {
+            Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
+            None => ("image", Verb::Help(&["image"])),
+        },
+        Command::Doctor(args) => verb!("doctor", doctor::run, args),
+        Command::Setup(args) => verb!("setup", setup::run, args),
+        Command::Completion(args) => verb!("completion", completion::run, args),
+        Command::Bench(group) => match group.command {
+            Some(BenchCommand::Lifecycle(args)) => verb!("bench.lifecycle", bench::run, args),
+            None => ("bench", Verb::Help(&["bench"])),
+        },
+    }
+}
+
+fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
+    macro_rules! verb {
+        ($name:literal, $function:path, $args:expr) => {{
+            let args = $args;
+            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
+        }};
+    }
+    match command {
+        SandboxCommand::Create(args) => verb!("sandbox.create", create::run, args),
+        SandboxCommand::List(args) => verb!("sandbox.list", list::run, args),
+        SandboxCommand::Info(args) => verb!("sandbox.info", info::run, args),
+        SandboxCommand::Start(args) => verb!("sandbox.start", start::run, args),
+        SandboxCommand::Stop(args) => verb!("sandbox.stop", stop::run, args),
+        SandboxCommand::Delete(args) => verb!("sandbox.delete", delete::run, args),
+        SandboxCommand::Exec(args) => verb!("sandbox.exec", exec::run, args),
+        SandboxCommand::Shell(args) => verb!("sandbox.shell", shell::run, args),
+        SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
+        SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
+        SandboxCommand::File(group) => file(group.command),
+    }
+}
+
+fn file(command: Option<FileCommand>) -> (&'static str, Verb) {
+    match command {
+        Some(FileCommand::Upload(args)) => (
+            "file.upload",
+            Verb::Do(Box::new(move |cx| file::upload(&args, cx))),
+        ),
+        Some(FileCommand::Download(args)) => (
+            "file.download",
+            Verb::Do(Box::new(move |cx| file::download(&args, cx))),
+        ),
+        Some(FileCommand::Ls(args)) => {
+            ("file.ls", Verb::Do(Box::new(move |cx| file::ls(&args, cx))))
+        }
+        None => ("file", Verb::Help(&["file"])),
+    }
+}
+
+/// Prints the help of a command that was given without its verb.
+fn help(path: &[&str]) -> Exit {
+    let mut command = Cli::command();
+    command.build();
+    for name in path {
+        if let Some(found) = command.find_subcommand(name) {
+            command = found.clone();
+        }
+    }
+    // Also when the reader of a long help has gone away.
+    let _ = command.print_help();
+    Exit::Success
+}
+
+/// The dotted name of what a command line that does not parse was about, as far as it can be told.
+pub(crate) fn named<'a>(cli: &clap::Command, words: impl Iterator<Item = &'a OsString>) -> String {
+    let mut command = cli;
+    let mut names = Vec::new();
+    for word in words {
+        if let Some(found) = command.find_subcommand(word) {
+            names.push(found.get_name());
+            command = found;
+        } else if !names.is_empty() {
+            // The first argument of a verb may happen to be called like another verb.
+            break;
+        }
+    }
+    match names[..] {
+        [] => "smolvm".to_owned(),
+        ["ls"] => "sandbox.list".to_owned(),
+        ["rm"] => "sandbox.delete".to_owned(),
+        [name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop")] => {
+            format!("sandbox.{name}")
+        }
+        _ => names.join("."),
+    }
+}
+
+/// Logs to standard error, if asked to.
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => return,
+        1 => tracing::Level::INFO,
+        2 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// Runs what talks to sandboxes. Commands that only read state never come here.
+///
+/// # Errors
+///
+/// What the work failed with.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::io("starting the event loop", error))?;
+    let result = runtime.block_on(work);
+    // A thread of the pool may be in work that was given up; we do not wait for it.
+    runtime.shutdown_background();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        fn check(command: &clap::Command) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.contains("Example"),
+                "`{}` shows no example",
+                command.get_name()
+            );
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn commands_have_one_name_in_both_forms() {
+        let name = |line: &str| {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            named(&Cli::command(), words.iter())
+        };
+        assert_eq!(name("--json"), "smolvm");
+        assert_eq!(name("--json ls --bad"), "sandbox.list");
+        assert_eq!(name("sandbox list --bad"), "sandbox.list");
+        assert_eq!(name("computer delete --bad"), "sandbox.delete");
+        assert_eq!(name("rm"), "sandbox.delete");
+        assert_eq!(name("exec ls"), "sandbox.exec");
+        assert_eq!(name("file upload"), "file.upload");
+    }
+}

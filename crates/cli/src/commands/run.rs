@@ -1,0 +1,96 @@
+//! `smolvm run`: a command in a sandbox of its own, which is gone afterwards, whatever happens.
+
+use std::ffi::OsString;
+
+use serde_json::json;
+use smolvm_engine::{Engine, ExecSpec, Session};
+
+use super::join::{self, Join};
+use super::machine::Machine;
+use super::{Context, Outcome, block_on};
+use crate::attach::{self, Ended};
+use crate::output;
+use crate::prepare;
+use crate::report::CliError;
+use crate::signals::Signals;
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  smolvm run -- python3 -c 'print(6*7)'
+  echo data | smolvm run -- wc -c
+  smolvm run -it bash
+
+The exit code is the command's own; 124 if --timeout ended it, 126 or 127 if it cannot be run,
+125 if the sandbox failed.")]
+pub(crate) struct Args {
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+    #[command(flatten)]
+    join: Join,
+    /// Do not delete the sandbox afterwards; prints its name on standard error
+    #[arg(long, help_heading = "Command")]
+    keep: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(args.machine.boot_timeout)?;
+    let mut command = args.join.spec(cx, &args.command)?;
+    let mut spec = args.machine.spec(cx, &engine)?;
+    spec.ephemeral = !args.keep;
+    join::add_term(cx, &mut command, &spec.env);
+    block_on(async {
+        let mut signals = Signals::install()?;
+        prepare::image(cx, &engine, &mut signals, &spec.image, spec.kernel.clone()).await?;
+        args.machine.create(&engine, &mut spec)?;
+        let name = spec.name.as_str();
+        prepare::note_emulation(cx, &engine);
+        let (session, result) = live(args, cx, &engine, name, &command, &mut signals).await;
+        if args.keep && result.is_ok() {
+            output::stderr(name);
+        } else {
+            delete(&engine, name, &mut signals).await?;
+        }
+        // Only now: a sandbox that is owned dies with its connection.
+        drop(session);
+        let ended = result?;
+        Ok(join::outcome(
+            &ended,
+            args.join.timeout,
+            json!({ "vm": { "name": name } }),
+        ))
+    })
+}
+
+/// Starts the sandbox and runs the command in it.
+async fn live(
+    args: &Args,
+    cx: &Context,
+    engine: &Engine,
+    name: &str,
+    command: &ExecSpec,
+    signals: &mut Signals,
+) -> (Option<Session>, Result<Ended, CliError>) {
+    let session = match signals.or_interrupted(engine.start(name)).await {
+        Ok((session, _)) => session,
+        Err(error) => return (None, Err(error)),
+    };
+    let result = async {
+        if !args.keep {
+            signals.or_interrupted(session.own()).await?;
+        }
+        attach::run(cx, &session, command, signals).await
+    }
+    .await;
+    (Some(session), result)
+}
+
+/// Deletes the sandbox. One more signal leaves that to its keeper, which notices that we are gone.
+async fn delete(engine: &Engine, name: &str, signals: &mut Signals) -> Result<(), CliError> {
+    signals.or_interrupted(engine.delete(name)).await
+}

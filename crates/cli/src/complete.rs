@@ -1,0 +1,41 @@
+//! Completion of command lines, with the names of the sandboxes that exist.
+
+use clap::CommandFactory as _;
+use clap_complete::CompleteEnv;
+use clap_complete::engine::CompletionCandidate;
+use smolvm_engine::Engine;
+
+use crate::args::{Accel, Cli, Globals};
+use crate::world::{COMPLETE_VARIABLE, World};
+
+/// Answers the shell; false if it did not ask after all.
+pub(crate) fn answer() -> bool {
+    let here = std::env::current_dir().ok();
+    CompleteEnv::with_factory(Cli::command)
+        .var(COMPLETE_VARIABLE)
+        .try_complete(std::env::args_os(), here.as_deref())
+        // A shell that waits for candidates can do nothing with an error.
+        .unwrap_or(true)
+}
+
+/// The sandboxes, as candidates.
+pub(crate) fn sandboxes() -> Vec<CompletionCandidate> {
+    let globals = Globals {
+        json: false,
+        data_dir: None,
+        accel: Accel::Auto,
+        quiet: true,
+        verbose: 0,
+    };
+    let Ok(config) = World::read().config(&globals, None) else {
+        return Vec::new();
+    };
+    let sandboxes = Engine::new(config).list().unwrap_or_default();
+    sandboxes
+        .into_iter()
+        .map(|sandbox| {
+            CompletionCandidate::new(sandbox.name.as_str())
+                .help(Some(sandbox.state.as_str().to_owned().into()))
+        })
+        .collect()
+}

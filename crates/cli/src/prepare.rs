@@ -1,0 +1,100 @@
+//! Making sure that the kernel and an image are there, before a sandbox needs them.
+
+use std::path::PathBuf;
+
+use smolvm_engine::{Cancel, Engine, ErrorKind};
+
+use crate::commands::Context;
+use crate::output;
+use crate::progress::Meter;
+use crate::report::CliError;
+use crate::signals::Signals;
+
+/// What long work gives: its own result, and how long each phase took.
+pub(crate) type Timed = Vec<(String, std::time::Duration)>;
+
+/// Does long blocking work under a progress meter. The first signal cancels it, so that it cleans
+/// up after itself; a second one leaves it where it is.
+///
+/// # Errors
+///
+/// [`CliError::Interrupted`], or what the work failed with.
+pub(crate) async fn long(
+    cx: &Context,
+    signals: &mut Signals,
+    work: impl FnOnce(&mut Meter, &Cancel) -> smolvm_engine::Result<()> + Send + 'static,
+) -> Result<Timed, CliError> {
+    let cancel = Cancel::new().map_err(smolvm_engine::Error::from)?;
+    let mut meter = Meter::new(cx.out, cx.world.stderr_terminal);
+    let mut running = {
+        let cancel = cancel.clone();
+        tokio::task::spawn_blocking(move || {
+            let result = work(&mut meter, &cancel);
+            (result, meter.finish())
+        })
+    };
+    loop {
+        tokio::select! {
+            done = &mut running => {
+                let (result, phases) = done.map_err(|error| {
+                    CliError::io("preparing this host", std::io::Error::other(error))
+                })?;
+                return match result {
+                    Err(error) if error.kind() == ErrorKind::Cancelled => Err(CliError::Interrupted),
+                    Err(error) => Err(error.into()),
+                    // It was done before it noticed; what it made is whole.
+                    Ok(()) if cancel.is_cancelled() => Err(CliError::Interrupted),
+                    Ok(()) => Ok(phases),
+                };
+            }
+            _ = signals.next() => {
+                if cancel.is_cancelled() {
+                    return Err(CliError::Interrupted);
+                }
+                cancel.cancel();
+            }
+        }
+    }
+}
+
+/// Makes `image` and the kernel ready, if they are not.
+///
+/// # Errors
+///
+/// As [`long`].
+pub(crate) async fn image(
+    cx: &Context,
+    engine: &Engine,
+    signals: &mut Signals,
+    image: &str,
+    kernel: Option<PathBuf>,
+) -> Result<Timed, CliError> {
+    let missing = engine.missing_assets(image)?;
+    if missing.is_empty() && kernel.is_none() {
+        return Ok(Timed::new());
+    }
+    if !missing.is_empty() {
+        cx.out
+            .status(&format!("preparing {}, once", missing.join(" and ")));
+    }
+    let (engine, image) = (engine.clone(), image.to_owned());
+    long(cx, signals, move |meter, cancel| {
+        engine.prepare(&image, kernel.as_deref(), meter, cancel)
+    })
+    .await
+}
+
+/// Says that guests are emulated, and why; an emulated guest is slow enough to be asked about.
+pub(crate) fn note_emulation(cx: &Context, engine: &Engine) {
+    if cx.out.quiet || cx.out.json || !(cx.world.stderr_terminal || cx.verbose) {
+        return;
+    }
+    if let Ok(acceleration) = engine.acceleration()
+        && !acceleration.kvm
+    {
+        output::stderr(&format!(
+            "note: guests are emulated, which is slow: {}",
+            acceleration.reason
+        ));
+    }
+}

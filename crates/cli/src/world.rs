@@ -1,0 +1,181 @@
+//! The world outside, read once: arguments, environment, terminals, the program's own place.
+//!
+//! No other file of this crate reads the environment.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+
+use smolvm_engine::Config;
+
+use crate::args::Globals;
+use crate::report::CliError;
+
+/// Variable with which the shells' completion scripts call back.
+pub(crate) const COMPLETE_VARIABLE: &str = "_SMOLVM_COMPLETE";
+
+/// Where Debian keeps programs for administrators; a plain user's `PATH` often leaves them out, and
+/// tools that build file systems live there.
+const ADMINISTRATOR_DIRS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// What was read.
+#[derive(Debug)]
+pub(crate) struct World {
+    /// The command line, the program's name first.
+    pub(crate) args: Vec<OsString>,
+    /// Whether a shell asks for completions.
+    pub(crate) completing: bool,
+    /// Whether standard input is a terminal.
+    pub(crate) stdin_terminal: bool,
+    /// Whether standard error is a terminal.
+    pub(crate) stderr_terminal: bool,
+    /// The terminal's type, `TERM`.
+    pub(crate) term: Option<String>,
+}
+
+impl World {
+    /// Reads the little every command needs.
+    pub(crate) fn read() -> Self {
+        Self {
+            args: env::args_os().collect(),
+            completing: set(COMPLETE_VARIABLE).is_some_and(|value| value != "0"),
+            stdin_terminal: std::io::stdin().is_terminal(),
+            stderr_terminal: std::io::stderr().is_terminal(),
+            term: set("TERM").and_then(|term| term.into_string().ok()),
+        }
+    }
+
+    /// A variable of the caller's environment, if it is set and is text.
+    pub(crate) fn variable(&self, name: &str) -> Option<String> {
+        // The standard library panics on these names instead of saying that nothing has them.
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return None;
+        }
+        env::var(name).ok()
+    }
+
+    /// What the engine is to know of the world.
+    ///
+    /// # Errors
+    ///
+    /// [`CliError::Usage`] if nothing says where to keep state.
+    pub(crate) fn config(
+        &self,
+        globals: &Globals,
+        boot_timeout: Option<std::time::Duration>,
+    ) -> Result<Config, CliError> {
+        let data_dir = match &globals.data_dir {
+            Some(dir) => dir.clone(),
+            None => match set("SMOLVM_DATA_DIR") {
+                Some(dir) => dir.into(),
+                None => default_data_dir(
+                    rustix::process::geteuid().is_root(),
+                    set("XDG_STATE_HOME").map(PathBuf::from).as_deref(),
+                    set("HOME").map(PathBuf::from).as_deref(),
+                )
+                .ok_or_else(|| {
+                    CliError::usage(
+                        "cannot tell where to keep state: HOME is not set",
+                        "give --data-dir, or set SMOLVM_DATA_DIR",
+                    )
+                })?,
+            },
+        };
+        let data_dir = std::path::absolute(&data_dir)
+            .map_err(|error| CliError::io("finding the current directory", error))?;
+        Ok(Config {
+            data_dir,
+            keeper: program("SMOLVM_KEEPER", "smolvm-keeper"),
+            agent: program("SMOLVM_AGENT", "smolvm-agent"),
+            program_dirs: program_dirs(),
+            accel: globals.accel.into(),
+            boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
+        })
+    }
+}
+
+/// A variable that is set to something.
+fn set(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// One of our own programs: where a variable says, else beside this one.
+fn program(variable: &str, name: &str) -> PathBuf {
+    if let Some(path) = set(variable) {
+        return path.into();
+    }
+    env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(|dir| dir.join(name)))
+        .unwrap_or_else(|| PathBuf::from(name))
+}
+
+fn program_dirs() -> Vec<PathBuf> {
+    if let Some(path) = env::var_os("SMOLVM_PROGRAM_PATH") {
+        return split(&path);
+    }
+    let mut dirs = env::var_os("PATH")
+        .map(|path| split(&path))
+        .unwrap_or_default();
+    for dir in ADMINISTRATOR_DIRS.map(PathBuf::from) {
+        if !dirs.contains(&dir) {
+            dirs.push(dir);
+        }
+    }
+    dirs
+}
+
+/// The absolute directories of a path list. An empty or relative one means the current directory,
+/// and a sandbox tool runs no program that happens to lie there.
+fn split(path: &std::ffi::OsStr) -> Vec<PathBuf> {
+    env::split_paths(path)
+        .filter(|dir| dir.is_absolute())
+        .collect()
+}
+
+/// Where state is kept when nobody says.
+fn default_data_dir(root: bool, state_home: Option<&Path>, home: Option<&Path>) -> Option<PathBuf> {
+    if root {
+        return Some("/var/lib/smolvm".into());
+    }
+    // The XDG specification: a relative path is to be ignored.
+    match state_home.filter(|dir| dir.is_absolute()) {
+        Some(dir) => Some(dir.join("smolvm")),
+        None => home.map(|home| home.join(".local/state/smolvm")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_is_kept_where_its_owner_looks() {
+        let dir = |root, state: Option<&str>, home: Option<&str>| {
+            default_data_dir(root, state.map(Path::new), home.map(Path::new))
+                .map(|dir| dir.display().to_string())
+        };
+        assert_eq!(
+            dir(true, Some("/x"), Some("/root")).as_deref(),
+            Some("/var/lib/smolvm")
+        );
+        assert_eq!(
+            dir(false, Some("/x"), Some("/home/a")).as_deref(),
+            Some("/x/smolvm")
+        );
+        assert_eq!(
+            dir(false, Some("x"), Some("/home/a")).as_deref(),
+            Some("/home/a/.local/state/smolvm")
+        );
+        assert_eq!(dir(false, None, None), None);
+    }
+
+    #[test]
+    fn only_absolute_program_directories_are_searched() {
+        assert_eq!(
+            split("/a::b:/c".as_ref()),
+            [PathBuf::from("/a"), PathBuf::from("/c")]
+        );
+    }
+}
