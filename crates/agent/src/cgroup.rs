@@ -2,12 +2,13 @@
 //!
 //! Making and removing a directory costs more than a small command, so emptied ones are used again.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 /// Groups that outlived their command and are looked at before a new one is made.
 const LOOKS_MAX: usize = 4;
@@ -24,11 +25,16 @@ pub(crate) struct Cgroups {
 struct Pool {
     empty: Vec<Group>,
     /// Groups whose command ended and left processes behind.
-    populated: std::collections::VecDeque<Group>,
+    populated: VecDeque<Group>,
 }
 
 #[derive(Debug)]
 struct Group {
+    name: String,
+    /// Whether its processes were killed. Such a group is not used again: Linux 6.18 kills a child
+    /// that is cloned into a group whose count of kills differs from that of its *parent's* group
+    /// (`cgroup_css_set_fork` and `cgroup_post_fork`, kernel/cgroup/cgroup.c).
+    killed: AtomicBool,
     directory: OwnedFd,
     events: OwnedFd,
     kill: OwnedFd,
@@ -82,6 +88,8 @@ impl Cgroups {
                 directory: open("", OFlags::DIRECTORY | OFlags::RDONLY)?,
                 events: open("/cgroup.events", OFlags::RDONLY)?,
                 kill: open("/cgroup.kill", OFlags::WRONLY)?,
+                killed: AtomicBool::new(false),
+                name,
             });
         }
     }
@@ -90,13 +98,8 @@ impl Cgroups {
     pub(crate) fn lease(self: &Arc<Self>) -> Option<Lease> {
         let mut pool = self.pool();
         for _ in 0..LOOKS_MAX.min(pool.populated.len()) {
-            let Some(group) = pool.populated.pop_front() else {
-                break;
-            };
-            if group.is_empty() {
-                pool.empty.push(group);
-            } else {
-                pool.populated.push_back(group);
+            if let Some(group) = pool.populated.pop_front() {
+                self.put_back(&mut pool, group);
             }
         }
         let group = pool.empty.pop();
@@ -108,6 +111,17 @@ impl Cgroups {
                 None => self.make().ok()?,
             }),
         })
+    }
+
+    /// Keeps a group that nobody uses any more, or removes it if it cannot be used again.
+    fn put_back(&self, pool: &mut Pool, group: Group) {
+        if !group.is_empty() {
+            pool.populated.push_back(group);
+        } else if group.killed.load(Ordering::Relaxed) {
+            let _ = rustix::fs::unlinkat(&self.directory, &group.name, AtFlags::REMOVEDIR);
+        } else {
+            pool.empty.push(group);
+        }
     }
 }
 
@@ -132,6 +146,7 @@ impl Lease {
     /// Kills every process in the group, those being forked included.
     pub(crate) fn kill(&self) {
         if let Some(group) = &self.group {
+            group.killed.store(true, Ordering::Relaxed);
             let _ = rustix::io::pwrite(&group.kill, b"1", 0);
         }
     }
@@ -140,13 +155,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if let Some(group) = self.group.take() {
-            let is_empty = group.is_empty();
             let mut pool = self.cgroups.pool();
-            if is_empty {
-                pool.empty.push(group);
-            } else {
-                pool.populated.push_back(group);
-            }
+            self.cgroups.put_back(&mut pool, group);
         }
     }
 }

@@ -428,12 +428,12 @@ impl Session<'_> {
         if let Some(input) = self.input.as_ref().filter(|_| wants_room) {
             fds.push(PollFd::new(input, PollFlags::OUT));
         }
-        let more_to_read = !ended
-            && self
-                .outputs
-                .iter()
-                .zip(credits)
-                .any(|(output, credit)| output.ready && credit > 0);
+        // Credit that came while the last frame was sent wakes nobody: it was not missing then.
+        let more_to_read = self
+            .outputs
+            .iter()
+            .zip(credits)
+            .any(|(output, credit)| output.ready && output.rest > 0 && credit > 0);
         let timeout = if more_to_read {
             Some(timespec(Duration::ZERO))
         } else {

@@ -1,5 +1,7 @@
 //! How an error of the guest's kernel becomes a [`Failure`] on the wire.
 
+use std::io;
+
 use rustix::io::Errno;
 use smolvm_proto::message::{Failure, FailureKind};
 
@@ -20,12 +22,34 @@ pub(crate) fn from_errno(doing: &str, errno: Errno) -> Failure {
 }
 
 /// A failure of `doing`, as the standard library explained it.
-pub(crate) fn from_io(doing: &str, error: &std::io::Error) -> Failure {
+pub(crate) fn from_io(doing: &str, error: &io::Error) -> Failure {
     Failure {
-        kind: error.raw_os_error().map_or(FailureKind::Io, |code| {
-            kind_of(Errno::from_raw_os_error(code))
-        }),
+        kind: match error.raw_os_error() {
+            Some(code) => kind_of(Errno::from_raw_os_error(code)),
+            // Wrapped by the `tar` crate, which keeps the kind.
+            None => kind_of_wrapped(error.kind()),
+        },
         message: format!("{doing}: {error}"),
+    }
+}
+
+fn kind_of_wrapped(kind: io::ErrorKind) -> FailureKind {
+    match kind {
+        io::ErrorKind::NotFound => FailureKind::NotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            FailureKind::PermissionDenied
+        }
+        io::ErrorKind::NotADirectory => FailureKind::NotADirectory,
+        io::ErrorKind::IsADirectory => FailureKind::IsADirectory,
+        io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => {
+            FailureKind::AlreadyExists
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FailureKind::NoSpace,
+        io::ErrorKind::InvalidInput
+        | io::ErrorKind::InvalidData
+        | io::ErrorKind::InvalidFilename
+        | io::ErrorKind::UnexpectedEof => FailureKind::InvalidInput,
+        _ => FailureKind::Io,
     }
 }
 

@@ -39,48 +39,65 @@ mod users;
 mod workers;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit};
 
 /// Runs the program; [`sys`] calls it from the C entry point.
 ///
 /// As process 1 it boots and never returns. Otherwise it understands one form, which the tests of
-/// this crate use: `--serve-fd N [--cgroups DIRECTORY]` serves the protocol on an inherited socket
-/// without mounting anything, and ends when the peer closes it.
+/// this crate use: `--serve-stdin [--cgroups DIRECTORY]` serves the protocol on the socket that is
+/// its standard input, without mounting anything, and ends when the peer closes it.
 fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     sys::prepare_signals();
     if rustix::process::getpid().is_init() {
         return init::boot();
     }
-    let mut serve_fd = None;
-    let mut cgroups = None;
-    while let Some(argument) = arguments.next() {
-        let value = arguments.next();
-        match (argument.to_str(), value) {
-            (Some("--serve-fd"), Some(value)) => {
-                serve_fd = value.to_str().and_then(|text| text.parse().ok());
-            }
-            (Some("--cgroups"), Some(value)) => cgroups = Some(PathBuf::from(value)),
-            _ => return usage(),
-        }
-    }
-    let Some(fd) = serve_fd.and_then(sys::inherited_fd) else {
+    if arguments
+        .next()
+        .is_none_or(|first| first != "--serve-stdin")
+    {
         return usage();
-    };
-    let prepared = rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
-        .and_then(|()| rustix::io::ioctl_fionbio(&fd, true))
-        .and_then(|()| rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC));
-    if let Err(error) = prepared {
-        console::say(&format!("cannot serve on the inherited socket: {error}"));
-        return ExitCode::FAILURE;
     }
-    let agent = serve::Agent::new(
-        cgroups.and_then(|directory| cgroup::Cgroups::new(&directory)),
-        None,
-    );
-    serve::until_closed(&Arc::new(agent), &Arc::new(fd));
+    let cgroups = match (arguments.next(), arguments.next()) {
+        (None, None) => None,
+        (Some(option), Some(directory)) if option == "--cgroups" => Some(directory),
+        _ => return usage(),
+    };
+    let socket = match take_stdin() {
+        Ok(socket) => Arc::new(socket),
+        Err(error) => {
+            console::say(&format!("cannot serve on standard input: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let cgroups = cgroups.and_then(|directory| cgroup::Cgroups::new(Path::new(&directory)));
+    let agent = Arc::new(serve::Agent::new(cgroups, None));
+    serve::until_closed(&agent, &socket);
+    shutdown::kill_everyone(&agent.reaper);
     ExitCode::SUCCESS
+}
+
+/// Makes the standard input a socket to serve on, and this process one that orphans come to.
+fn take_stdin() -> rustix::io::Result<OwnedFd> {
+    let limits = rustix::process::getrlimit(Resource::Nofile);
+    rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limits.maximum,
+            maximum: limits.maximum,
+        },
+    )?;
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(null)?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    Ok(socket)
 }
 
 fn usage() -> ExitCode {

@@ -11,6 +11,7 @@ use smolvm_proto::message::{Failure, FailureKind, ShutdownRequest};
 
 use crate::console;
 use crate::failure::failure;
+use crate::reap::Reaper;
 use crate::serve::Agent;
 use crate::stream::Last;
 use crate::sys;
@@ -44,18 +45,23 @@ pub(crate) fn shutdown(agent: &Agent, request: &ShutdownRequest) -> Result<Last,
     }
     let reaper = &agent.reaper;
     if !reaper.wait_until_childless(now + grace, || ()) {
-        signal_everyone(Signal::KILL);
-        // Again after each death: outside PID 1 the next generation becomes visible only then.
-        let again = || signal_everyone(Signal::KILL);
-        if !reaper.wait_until_childless(Instant::now() + KILL_WAIT, again) {
-            console::say("some processes do not die; going down without them");
-        }
+        kill_everyone(reaper);
     }
     match &agent.disks {
         Some(disks) => disks.quiesce()?,
         None => rustix::fs::sync(),
     }
     Ok(Last::done())
+}
+
+/// Kills every process but this one, and waits until they are gone.
+pub(crate) fn kill_everyone(reaper: &Reaper) {
+    signal_everyone(Signal::KILL);
+    // Again after each death: outside PID 1 the next generation becomes visible only then.
+    let again = || signal_everyone(Signal::KILL);
+    if !reaper.wait_until_childless(Instant::now() + KILL_WAIT, again) {
+        console::say("some processes do not die; going on without them");
+    }
 }
 
 /// Signals every process but this one.

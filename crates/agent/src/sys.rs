@@ -7,7 +7,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Pid, Resource, Rlimit, Uid};
@@ -53,24 +53,6 @@ pub(crate) fn wait_for_child_signal() {
     let set = child_signal();
     // SAFETY: `set` is initialised, and no information about the signal is asked for.
     unsafe { libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) };
-}
-
-/// Takes over a descriptor this process was started with.
-pub(crate) fn inherited_fd(fd: RawFd) -> Option<OwnedFd> {
-    if fd < 3 {
-        return None;
-    }
-    // SAFETY: the descriptor is named on the command line of this process, so nothing else in it
-    // owns it; fcntl_getfd below only looks.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    match rustix::io::fcntl_getfd(&owned) {
-        Ok(_) => Some(owned),
-        Err(_) => {
-            // Not open: there is nothing to close.
-            let _ = std::os::fd::IntoRawFd::into_raw_fd(owned);
-            None
-        }
-    }
 }
 
 // ---- commands ----
