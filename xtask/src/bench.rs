@@ -1,0 +1,169 @@
+//! `cargo xtask bench`: the figures SPECIFICATION.md promises, measured and written down.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use crate::run;
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The file is benchmarks/NAME.json; name the machine
+    #[arg(long)]
+    name: String,
+    /// Lives of a sandbox
+    #[arg(short = 'n', long, default_value_t = 10)]
+    lives: u32,
+    /// Starts of the program for each start-up figure
+    #[arg(long, default_value_t = 200)]
+    spawns: usize,
+}
+
+/// Figures of a lifecycle as SPECIFICATION.md orders them: the column, and the name in JSON.
+const COLUMNS: [(&str, &str); 9] = [
+    ("create", "host_create_ms"),
+    ("start", "vmm_start_ms"),
+    ("ready", "total_fresh_ready_ms"),
+    ("first", "first_command_ms"),
+    ("next", "next_command_ms"),
+    ("python", "python_ms"),
+    ("stop", "stop_ms"),
+    ("delete", "delete_ms"),
+    ("total", "total_ms"),
+];
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let named = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if args.name.is_empty() || !args.name.chars().all(named) {
+        bail!("a name is lower-case letters, digits and `-`");
+    }
+    run::succeed(run::cargo().args(["build", "--release", "--locked"]).args([
+        "-p",
+        "smolvm-cli",
+        "-p",
+        "smolvm-keeper",
+        "-p",
+        "smolvm-agent",
+    ]))?;
+    let smolvm = run::program("release", "smolvm");
+    run::succeed(
+        Command::new(&smolvm)
+            .arg("--data-dir")
+            .arg(run::data_dir())
+            .arg("setup"),
+    )?;
+
+    let lifecycle = run::output(
+        Command::new(&smolvm)
+            .arg("--data-dir")
+            .arg(run::data_dir())
+            .args([
+                "--json",
+                "bench",
+                "lifecycle",
+                "-n",
+                &args.lives.to_string(),
+            ])
+            .stderr(Stdio::inherit()),
+    )?;
+    let lifecycle: Value = serde_json::from_str(&lifecycle).context("reading the benchmark")?;
+    let lifecycle = lifecycle
+        .get("data")
+        .context("the benchmark gave no data")?
+        .clone();
+    let environment = lifecycle.get("environment").cloned().unwrap_or(Value::Null);
+
+    let empty = tempfile::tempdir().context("making an empty data directory")?;
+    let version = starts(&smolvm, empty.path(), &["--version"], args.spawns)?;
+    let list = starts(&smolvm, empty.path(), &["ls"], args.spawns)?;
+
+    row(&lifecycle, &environment, &version, &list);
+    let data = json!({
+        "environment": environment,
+        "rustc": run::output(Command::new("rustc").arg("--version")).ok(),
+        "commit": commit(),
+        "load_average": std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().to_owned()),
+        "start_up": { "version": version, "ls_empty": list },
+        "lifecycle": lifecycle,
+    });
+    let path = run::root()
+        .join("benchmarks")
+        .join(format!("{}.json", args.name));
+    std::fs::create_dir_all(run::root().join("benchmarks")).context("making benchmarks/")?;
+    let mut text = serde_json::to_string_pretty(&data)?;
+    text.push('\n');
+    std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    run::say(&format!("\nwritten to benchmarks/{}.json", args.name));
+    Ok(())
+}
+
+/// What was measured: a commit, and whether files differed from it.
+fn commit() -> Option<String> {
+    let git = |args: &[&str]| run::output(Command::new("git").current_dir(run::root()).args(args));
+    let head = git(&["rev-parse", "--short", "HEAD"]).ok()?;
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).ok()?;
+    Some(if changed.is_empty() {
+        head
+    } else {
+        format!("{head}, changed")
+    })
+}
+
+/// Starts the program often, from a parent that does nothing else, and gives milliseconds from
+/// before the start to after the end.
+fn starts(smolvm: &Path, data: &Path, args: &[&str], count: usize) -> Result<Value> {
+    let mut times = Vec::with_capacity(count);
+    for _ in 0..count {
+        let begin = Instant::now();
+        let status = Command::new(smolvm)
+            .args(args)
+            .env("SMOLVM_DATA_DIR", data)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .context("starting smolvm")?;
+        times.push(begin.elapsed().as_secs_f64() * 1e3);
+        if !status.success() {
+            bail!("smolvm {} ended with {status}", args.join(" "));
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    // Nearest rank: always a value that was measured.
+    let percentile = |percent: usize| times[(times.len() * percent).div_ceil(100).max(1) - 1];
+    Ok(json!({
+        "p50": percentile(50), "p90": percentile(90), "p99": percentile(99),
+        "min": times[0], "count": times.len(),
+    }))
+}
+
+/// Prints what goes into the table of SPECIFICATION.md.
+fn row(lifecycle: &Value, environment: &Value, version: &Value, list: &Value) {
+    let text = |name: &str| environment[name].as_str().unwrap_or("?").to_owned();
+    run::say(&format!(
+        "\n{}, {} cores, {}, {}",
+        text("cpu"),
+        environment["cores"],
+        text("accel"),
+        text("date")
+    ));
+    let number = |value: &Value| value.as_f64().map_or("?".to_owned(), |v| format!("{v:.1}"));
+    run::say("\n| ms | p50 | p90 | p99 | n |\n|---|---|---|---|---|");
+    let line = |name: &str, stats: &Value| {
+        run::say(&format!(
+            "| {name} | {} | {} | {} | {} |",
+            number(&stats["p50"]),
+            number(&stats["p90"]),
+            number(&stats["p99"]),
+            stats["count"]
+        ));
+    };
+    for (column, name) in COLUMNS {
+        line(column, &lifecycle["results"][name]["stats"]);
+    }
+    line("`smolvm --version`", version);
+    line("`smolvm ls`, empty store", list);
+}
