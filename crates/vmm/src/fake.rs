@@ -469,3 +469,149 @@ fn doing(operation: Operation, name: &str) -> String {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    use crate::Accel;
+
+    /// A guest that says back what it hears.
+    fn echo(mut guest: FakeGuest) -> GuestEnd {
+        let mut byte = [0];
+        while let Ok(1) = guest.channel.read(&mut byte) {
+            if guest.channel.write_all(&byte).is_err() {
+                break;
+            }
+        }
+        GuestEnd::Off
+    }
+
+    fn plan() -> VmPlan {
+        VmPlan {
+            name: "m".into(),
+            program: "/fake".into(),
+            accel: Accel::Kvm,
+            cpus: 1,
+            memory_mib: 128,
+            kernel: "/dev/null".into(),
+            initrd: "/dev/null".into(),
+            cmdline: String::new(),
+            disks: Vec::new(),
+            tsc_khz: None,
+        }
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.expect("a runtime").block_on(future)
+    }
+
+    fn open(vm: &mut dyn Vm) -> TokioStream {
+        let channel = vm.take_channel().expect("the channel");
+        channel.set_nonblocking(true).expect("a mode");
+        TokioStream::from_std(channel).expect("a socket")
+    }
+
+    #[test]
+    fn a_paused_machine_answers_when_it_is_resumed() {
+        run(async {
+            let fake = Fake::new(echo);
+            let mut vm = fake.start(&plan()).await.expect("start");
+            let mut channel = open(&mut *vm);
+            let mut byte = [0];
+            channel.write_all(b"a").await.expect("write");
+            channel.read_exact(&mut byte).await.expect("read");
+
+            vm.pause().await.expect("pause");
+            channel.write_all(b"b").await.expect("write");
+            let quiet = Duration::from_millis(50);
+            let answer = tokio::time::timeout(quiet, channel.read_exact(&mut byte)).await;
+            assert!(answer.is_err(), "a paused machine answered");
+
+            vm.resume().await.expect("resume");
+            channel.read_exact(&mut byte).await.expect("read");
+            assert_eq!(&byte, b"b");
+        });
+    }
+
+    #[test]
+    fn each_operation_can_fail_once_or_for_ever() {
+        run(async {
+            for (forever, expected) in [(false, [true, false, true]), (true, [true, false, false])]
+            {
+                let fake = Fake::new(echo);
+                let mut vm = fake.start(&plan()).await.expect("start");
+                fake.inject(Fault {
+                    operation: Operation::Pause,
+                    nth: 2,
+                    forever,
+                    kind: VmErrorKind::Timeout,
+                });
+                for works in expected {
+                    let result = vm.pause().await;
+                    assert_eq!(result.is_ok(), works);
+                    if let Err(error) = result {
+                        assert_eq!(error.kind, VmErrorKind::Timeout);
+                    }
+                }
+                fake.heal();
+                vm.pause().await.expect("pause");
+                assert_eq!(fake.operations().len(), 5);
+            }
+        });
+    }
+
+    #[test]
+    fn a_start_that_fails_leaves_nothing() {
+        run(async {
+            let fake = Fake::new(echo);
+            fake.inject(Fault {
+                operation: Operation::Start,
+                nth: 1,
+                forever: false,
+                kind: VmErrorKind::Host,
+            });
+            assert!(fake.start(&plan()).await.is_err());
+            assert!(fake.running().is_empty());
+            let vm = fake.start(&plan()).await.expect("the second start");
+            assert_eq!(fake.running(), [vm.pid()]);
+        });
+    }
+
+    #[test]
+    fn a_crash_is_told_as_the_guest_tells_it() {
+        run(async {
+            let crash = Exit {
+                code: None,
+                signal: Some(11),
+                stderr: "oh".into(),
+            };
+            let told = crash.clone();
+            let fake = Fake::new(move |_| GuestEnd::Crash(told.clone()));
+            let mut vm = fake.start(&plan()).await.expect("start");
+            assert_eq!(vm.wait().await.expect("wait"), crash);
+            assert!(fake.running().is_empty());
+        });
+    }
+
+    #[test]
+    fn booting_takes_the_time_it_is_given() {
+        let paused = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        paused.block_on(async {
+            let begun = tokio::time::Instant::now();
+            let boot = Duration::from_secs(3);
+            let fake = Fake::new(|_| GuestEnd::Off).booting_for(boot);
+            let mut vm = fake.start(&plan()).await.expect("start");
+            vm.wait().await.expect("wait");
+            assert!(begun.elapsed() >= boot);
+        });
+    }
+}

@@ -121,6 +121,212 @@ mod qemu {
     }
 }
 
+/// What is true of QEMU alone.
+mod qemu_only {
+    use super::qemu::{QemuSubject, pid};
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::OwnedFd;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{PidfdFlags, pidfd_open};
+    use smolvm_vmm::qemu::{Qemu, version};
+    use smolvm_vmm::{Exit, VmErrorKind, contract};
+
+    /// Set in the process that a test starts to own a machine.
+    const OWNER: &str = "SMOLVM_TEST_OWNER";
+
+    /// A program that stands in for QEMU. They are kept as files because a program that a test has
+    /// just written can be "busy": a child that another test starts meanwhile has it open, too.
+    fn stand_in(name: &str) -> PathBuf {
+        [env!("CARGO_MANIFEST_DIR"), "tests/programs", name]
+            .iter()
+            .collect()
+    }
+
+    fn watch(number: u32) -> OwnedFd {
+        pidfd_open(pid(number), PidfdFlags::empty()).expect("a running process")
+    }
+
+    /// Waits until the process has ended.
+    fn expect_end(process: &OwnedFd) {
+        let mut watched = [PollFd::new(process, PollFlags::IN)];
+        let patience = Timespec {
+            tv_sec: 30,
+            tv_nsec: 0,
+        };
+        let ready = poll(&mut watched, Some(&patience)).expect("poll");
+        assert_eq!(ready, 1, "the machine outlives its owner");
+    }
+
+    #[test]
+    fn the_machine_dies_with_the_thread_that_started_it() {
+        let owner = std::thread::spawn(|| {
+            let subject = QemuSubject::new();
+            let plan = subject.plan(Guest::Ticks);
+            let mut process = None;
+            contract::run(async {
+                let vm = Qemu.start(&plan).await.expect("start");
+                process = Some((vm.pid(), watch(vm.pid())));
+                // So that not the drop kills it.
+                std::mem::forget(vm);
+            });
+            process.expect("a process")
+        });
+        let (number, process) = owner.join().expect("the owner");
+        expect_end(&process);
+        let status =
+            rustix::process::waitpid(Some(pid(number)), rustix::process::WaitOptions::empty());
+        let (_, status) = status.expect("reap").expect("a status");
+        assert_eq!(status.terminating_signal(), Some(9));
+    }
+
+    #[test]
+    fn the_machine_dies_with_the_process_that_started_it() {
+        let myself = std::env::current_exe().expect("this program");
+        let mut owner = Command::new(myself)
+            .args([
+                "--exact",
+                "--ignored",
+                "--nocapture",
+                "qemu_only::own_a_machine",
+            ])
+            .env(OWNER, "yes")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("an owner");
+        let output = BufReader::new(owner.stdout.take().expect("its output"));
+        let number: u32 = output
+            .lines()
+            .find_map(|line| line.ok()?.strip_prefix("machine ")?.parse().ok())
+            .expect("the process number of its machine");
+        let machine = watch(number);
+        owner.kill().expect("kill the owner");
+        owner.wait().expect("reap the owner");
+        expect_end(&machine);
+    }
+
+    /// Run in a process of its own by the test above.
+    #[test]
+    #[ignore = "a helper of another test, which never ends by itself"]
+    fn own_a_machine() {
+        if std::env::var_os(OWNER).is_none() {
+            return;
+        }
+        let subject = QemuSubject::new();
+        let plan = subject.plan(Guest::Ticks);
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut out = std::io::stdout();
+            std::io::Write::write_all(&mut out, format!("\nmachine {}\n", vm.pid()).as_bytes())
+                .expect("tell");
+            let _ = vm.wait().await;
+        });
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        plan.program = PathBuf::from("/nonexistent/qemu");
+        contract::run(async {
+            let error = Qemu.start(&plan).await.expect_err("no program");
+            assert_eq!(error.kind, VmErrorKind::ProgramMissing);
+            assert_eq!(error.to_string(), "run /nonexistent/qemu");
+        });
+    }
+
+    #[test]
+    fn what_the_vmm_says_last_is_in_its_exit() {
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        // Not a kernel: the initial RAM file system.
+        plan.kernel.clone_from(&plan.initrd);
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let exit = vm.wait().await.expect("wait");
+            assert_ne!(exit.code, Some(0), "{exit:?}");
+            assert!(exit.stderr.contains("kernel"), "{exit:?}");
+            let error = vm.pause().await.expect_err("pause");
+            assert_eq!(error.kind, VmErrorKind::Exited);
+        });
+    }
+
+    #[test]
+    fn a_flood_of_words_neither_blocks_nor_grows() {
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        plan.program = stand_in("talker.sh");
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let Exit { code, stderr, .. } = vm.wait().await.expect("wait");
+            assert_eq!(code, Some(3));
+            assert!(
+                stderr.len() <= 4096 && stderr.len() > 1024,
+                "{}",
+                stderr.len()
+            );
+            assert!(stderr.ends_with("the end\n"), "{stderr}");
+        });
+    }
+
+    #[test]
+    fn a_vmm_that_dies_during_a_command_says_why() {
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        plan.program = stand_in("mute.sh");
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let pause = tokio::time::timeout(Duration::from_secs(20), vm.pause()).await;
+            let error = pause.expect("an answer").expect_err("pause");
+            assert_eq!(error.kind, VmErrorKind::Exited);
+            let cause = std::error::Error::source(&error)
+                .expect("a cause")
+                .to_string();
+            assert!(
+                cause.contains("exit code 4, saying: out of luck"),
+                "{cause}"
+            );
+        });
+    }
+
+    #[test]
+    fn disks_are_accepted_up_to_the_limit() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Resets);
+        let most = Qemu.capabilities().disks_max;
+        for index in 0..most {
+            let path = directory.path().join(format!("disk,{index}"));
+            std::fs::write(&path, [0; 4096]).expect("an image");
+            plan.disks.push(smolvm_vmm::DiskPlan {
+                path,
+                read_only: index % 2 == 0,
+            });
+        }
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let exit = vm.wait().await.expect("wait");
+            assert_eq!(exit.code, Some(0), "{exit:?}");
+        });
+        plan.disks.push(plan.disks[0].clone());
+        contract::run(async {
+            let error = Qemu.start(&plan).await.expect_err("one too many");
+            assert_eq!(error.kind, VmErrorKind::Unsupported);
+        });
+    }
+
+    #[test]
+    fn the_version_is_told() {
+        let subject = QemuSubject::new();
+        let version = version(&subject.plan(Guest::Halts).program).expect("a version");
+        assert!(version.contains('.'), "{version}");
+    }
+}
+
 /// The kernels of the tests' guests, in a directory that goes when the test ends.
 struct Files(tempfile::TempDir);
 

@@ -88,9 +88,15 @@ fn kernel_parameters(plan: &VmPlan) -> String {
     // `reboot=t` resets by triple fault, the one way that needs no device.
     let mut words = vec!["console=ttyS0 quiet panic=-1 reboot=t".to_owned()];
     if plan.accel == Accel::Emulation {
-        // The machine has no second clock to measure the time-stamp counter by; unless told its
-        // rate, the kernel waits for ever after "Marking TSC unstable".
+        // The machine has no good second clock to measure the time-stamp counter by, so the kernel
+        // is told its rate.
         words.extend(plan.tsc_khz.map(|khz| format!("tsc_early_khz={khz}")));
+        // And to trust it: it is the host's own. The kernel would compare it with the timer
+        // interrupt, and between CPUs, both of which come late on a busy host; it then falls back to
+        // counting interrupts, and the guest's clock loses half of its time.
+        words.push("tsc=reliable".to_owned());
+        // Nor that the timer's interrupt works, for the same reason: the check ends in a panic.
+        words.push("no_timer_check".to_owned());
         // What takes long when translated and protects from nothing in an emulated CPU.
         words.push("cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on".to_owned());
     }
@@ -156,5 +162,122 @@ impl Arguments {
 
     fn socket(&mut self, id: &str, fd: RawFd) {
         self.option("-chardev", format!("socket,id={id},fd={fd}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOCKETS: Sockets = Sockets {
+        agent: 10,
+        console: 11,
+        monitor: 12,
+    };
+
+    fn plan(accel: Accel) -> VmPlan {
+        VmPlan {
+            name: "quiet-otter".into(),
+            program: "/usr/bin/qemu-system-x86_64".into(),
+            accel,
+            cpus: 2,
+            memory_mib: 512,
+            kernel: "/cache/vmlinux".into(),
+            initrd: "/cache/initrd".into(),
+            cmdline: "rdinit=/agent".into(),
+            disks: vec![
+                DiskPlan {
+                    path: "/cache/root.erofs".into(),
+                    read_only: true,
+                },
+                DiskPlan {
+                    path: "/run/a,b/upper.img".into(),
+                    read_only: false,
+                },
+            ],
+            tsc_khz: Some(2_445_425),
+        }
+    }
+
+    /// The arguments as one text, an option with its value on a line.
+    fn text(plan: &VmPlan) -> String {
+        let mut text = String::new();
+        for argument in arguments(plan, SOCKETS) {
+            let argument = argument.into_string().expect("UTF-8");
+            let begins_option = argument.starts_with('-');
+            if !text.is_empty() {
+                text.push(if begins_option { '\n' } else { ' ' });
+            }
+            text.push_str(&argument);
+        }
+        text
+    }
+
+    const BEGINNING: &str = "\
+-name quiet-otter
+-nodefaults
+-no-user-config
+-display none
+-no-reboot
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-M microvm,acpi=on,rtc=on,dump-guest-core=off,mem-merge=off
+";
+
+    const END: &str = "
+-chardev socket,id=console,fd=11
+-serial chardev:console
+-chardev socket,id=monitor,fd=12
+-mon chardev=monitor,mode=control
+-chardev socket,id=agent,fd=10
+-device virtio-serial-device,max_ports=2
+-device virtserialport,chardev=agent,name=agent
+-blockdev driver=file,node-name=disk0,filename=/cache/root.erofs,read-only=on,locking=off
+-device virtio-blk-device,drive=disk0,rerror=report
+-blockdev driver=file,node-name=disk1,filename=/run/a,,b/upper.img,read-only=off,discard=unmap
+-device virtio-blk-device,drive=disk1,rerror=report,werror=report";
+
+    #[test]
+    fn emulation() {
+        let middle = "\
+-accel tcg,thread=multi,tb-size=64
+-cpu max,-erms,-fsrm
+-smp 2
+-m 512
+-kernel /cache/vmlinux
+-initrd /cache/initrd
+-append console=ttyS0 quiet panic=-1 reboot=t tsc_early_khz=2445425 tsc=reliable no_timer_check \
+cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on rdinit=/agent";
+        let text = text(&plan(Accel::Emulation));
+        assert_eq!(text, format!("{BEGINNING}{middle}{END}"));
+    }
+
+    #[test]
+    fn hypervisor() {
+        let middle = "\
+-accel kvm
+-cpu host
+-smp 2
+-m 512
+-kernel /cache/vmlinux
+-initrd /cache/initrd
+-append console=ttyS0 quiet panic=-1 reboot=t rdinit=/agent";
+        let text = text(&plan(Accel::Kvm));
+        assert_eq!(text, format!("{BEGINNING}{middle}{END}"));
+    }
+
+    #[test]
+    fn the_kernel_parameters_are_one_argument() {
+        let args = arguments(&plan(Accel::Kvm), SOCKETS);
+        let append = args.iter().position(|arg| arg == "-append");
+        let value = append.and_then(|at| args.get(at + 1));
+        assert!(
+            value.is_some_and(|value| value.to_string_lossy().ends_with("reboot=t rdinit=/agent"))
+        );
+    }
+
+    #[test]
+    fn a_path_need_not_be_utf_8() {
+        let path = Path::new(OsStr::from_bytes(b"/x\xff,/y"));
+        assert_eq!(escaped(path).as_bytes(), b"/x\xff,,/y");
     }
 }

@@ -255,3 +255,55 @@ fn above_stdio(socket: UnixStream) -> io::Result<OwnedFd> {
         libc::STDERR_FILENO + 1,
     )?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn the_program_is_found_in_the_first_directory_that_has_it() {
+        let root = tempfile::tempdir().expect("a directory");
+        let [empty, plain, one, other] =
+            ["empty", "plain", "one", "other"].map(|name| root.path().join(name));
+        for directory in [&empty, &plain, &one, &other] {
+            fs::create_dir(directory).expect("a directory");
+        }
+        for (directory, mode) in [(&plain, 0o644), (&one, 0o755), (&other, 0o755)] {
+            let program = directory.join(PROGRAM);
+            fs::write(&program, "").expect("a file");
+            fs::set_permissions(&program, fs::Permissions::from_mode(mode)).expect("a mode");
+        }
+        assert_eq!(find([&empty, &plain]), None);
+        assert_eq!(
+            find([&empty, &plain, &one, &other]),
+            Some(one.join(PROGRAM))
+        );
+        assert_eq!(find([&other, &one]), Some(other.join(PROGRAM)));
+        assert_eq!(find::<[&Path; 0]>([]), None);
+    }
+
+    #[test]
+    fn the_version_is_read() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright";
+        assert_eq!(parse_version(debian).as_deref(), Some("7.2.22"));
+        let plain = "QEMU emulator version 10.0.2\n";
+        assert_eq!(parse_version(plain).as_deref(), Some("10.0.2"));
+        for wrong in [
+            "",
+            "\n",
+            "version",
+            "QEMU version unknown",
+            "something else",
+        ] {
+            assert_eq!(parse_version(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = version(Path::new("/nonexistent/qemu")).expect_err("no version");
+        assert_eq!(error.kind, VmErrorKind::ProgramMissing);
+        assert_eq!(error.to_string(), "run /nonexistent/qemu");
+    }
+}

@@ -301,3 +301,155 @@ impl Link {
 fn closed(_: io::Error) -> QmpError {
     QmpError::Closed
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::thread;
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}"#;
+
+    /// A VMM that says `first`, then answers each line with what `answer` makes of its number and
+    /// command, until that is `None`.
+    fn vmm(
+        first: &'static str,
+        answer: impl Fn(u64, &str) -> Option<String> + Send + 'static,
+    ) -> (Monitor, thread::JoinHandle<Vec<String>>) {
+        let (here, there) = StdUnixStream::pair().expect("sockets");
+        let peer = thread::spawn(move || {
+            let mut commands = Vec::new();
+            let mut out = there.try_clone().expect("a socket");
+            write!(out, "{first}\r\n").expect("write");
+            for line in BufReader::new(there).lines() {
+                let Ok(line) = line else { break };
+                let request: Value = serde_json::from_str(&line).expect("JSON");
+                let command = request["execute"].as_str().expect("a command").to_owned();
+                let id = request["id"].as_u64().expect("a number");
+                let Some(text) = answer(id, &command) else {
+                    break;
+                };
+                commands.push(command);
+                // In two pieces, as a stream may deliver it.
+                let (head, tail) = text.split_at(text.len() / 2);
+                for piece in [head, tail, "\r\n"] {
+                    out.write_all(piece.as_bytes()).expect("write");
+                }
+            }
+            commands
+        });
+        (Monitor::new(here), peer)
+    }
+
+    fn done(id: u64) -> String {
+        format!(r#"{{"return": {{}}, "id": {id}}}"#)
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.expect("a runtime").block_on(future)
+    }
+
+    #[test]
+    fn it_negotiates_once_and_executes() {
+        let (mut monitor, peer) = vmm(GREETING, |id, _| Some(done(id)));
+        assert!(!monitor.listens());
+        run(async {
+            monitor.execute(Command::Stop).await.expect("stop");
+            monitor.execute(Command::Cont).await.expect("cont");
+        });
+        assert!(monitor.listens());
+        drop(monitor);
+        let commands = peer.join().expect("the peer");
+        assert_eq!(commands, ["qmp_capabilities", "stop", "cont"]);
+    }
+
+    #[test]
+    fn events_do_not_disturb_and_the_telling_ones_are_kept() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| {
+            let events = match command {
+                "stop" => concat!(
+                    r#"{"event": "STOP", "timestamp": {}}"#,
+                    "\r\n",
+                    r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}"#,
+                    "\r\n",
+                    r#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk1"}}"#,
+                    "\r\n",
+                ),
+                _ => "",
+            };
+            Some(format!("{events}{}", done(id)))
+        });
+        run(monitor.execute(Command::Stop)).expect("stop");
+        let expected = [
+            Event::Shutdown {
+                reason: "guest-reset".into(),
+            },
+            Event::DiskError {
+                node: "disk1".into(),
+            },
+        ];
+        assert_eq!(monitor.take_events(), expected);
+        assert_eq!(monitor.take_events(), []);
+    }
+
+    #[test]
+    fn a_refusal_is_passed_on() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| {
+            Some(match command {
+                "cont" => format!(
+                    r#"{{"error": {{"class": "GenericError", "desc": "not now"}}, "id": {id}}}"#
+                ),
+                _ => done(id),
+            })
+        });
+        let error = run(monitor.execute(Command::Cont)).expect_err("refused");
+        assert_eq!(error.to_string(), "it answered: not now (GenericError)");
+    }
+
+    #[test]
+    fn an_answer_that_nobody_waits_for_is_dropped() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| {
+            Some(match command {
+                // Also answers a command that was never sent, first.
+                "cont" => format!("{}\r\n{}", done(7777), done(id)),
+                _ => done(id),
+            })
+        });
+        run(async {
+            let given_up = monitor.execute(Command::Stop);
+            // Given up after a few steps, wherever that leaves it.
+            let few = tokio::time::timeout(std::time::Duration::from_micros(50), given_up);
+            let _ = few.await;
+            monitor.execute(Command::Cont).await.expect("cont");
+        });
+    }
+
+    #[test]
+    fn a_vmm_that_dies_closes_the_socket() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| {
+            (command == "qmp_capabilities").then(|| done(id))
+        });
+        let error = run(monitor.execute(Command::Stop)).expect_err("closed");
+        assert!(matches!(error, QmpError::Closed), "{error:?}");
+    }
+
+    #[test]
+    fn a_vmm_that_says_nothing_is_given_up() {
+        let (mut monitor, _peer) = vmm("", |id, _| Some(done(id)));
+        let paused = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        let (here, _there) = StdUnixStream::pair().expect("sockets");
+        let mut silent = Monitor::new(here);
+        let error = paused.block_on(silent.execute(Command::Stop));
+        assert!(matches!(error, Err(QmpError::Timeout)), "{error:?}");
+
+        let error = run(monitor.execute(Command::Stop)).expect_err("an empty line");
+        assert!(matches!(error, QmpError::Garbage(_)), "{error:?}");
+    }
+}
