@@ -47,6 +47,8 @@ fn said(lines: &[String]) -> String {
 #[derive(Debug)]
 pub(crate) struct Tool {
     program: PathBuf,
+    /// What errors call it.
+    name: String,
     command: Command,
 }
 
@@ -65,6 +67,7 @@ impl Tool {
         crate::sys::die_with_parent(&mut command, Signal::TERM);
         Self {
             program: program.to_owned(),
+            name: program.display().to_string(),
             command,
         }
     }
@@ -89,6 +92,12 @@ impl Tool {
         self
     }
 
+    /// For a program that runs another one, which is what people know.
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
     /// Starts the program. `line` is called with each line of its standard error, without the
     /// line's end, while [`Running`] is read from or finished.
     pub(crate) fn start<'a>(
@@ -96,7 +105,7 @@ impl Tool {
         cancel: &'a Cancel,
         line: &'a mut dyn FnMut(&str),
     ) -> Result<Running<'a>, HostError> {
-        let name = self.program.display().to_string();
+        let name = self.name;
         cancel.check("run", &name)?;
         let mut child = self.command.spawn().map_err(|e| {
             if e.kind() == io::ErrorKind::NotFound && !self.program.exists() {

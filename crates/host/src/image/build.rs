@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -129,15 +130,15 @@ const PHASES: [(Phase, u32); 5] = [
 const DPKG_STATUS: &str = "var/lib/dpkg/status";
 
 /// Bytes the default image has, roughly: what progress in the last phase is measured by.
-const TYPICAL_BYTES: u64 = 300 << 20;
+const TYPICAL_BYTES: u64 = 220 << 20;
 
 /// Builds the default image, Debian's minimal system with [`PACKAGES`], and puts it at `dest`,
 /// which must not exist. Takes about half a minute with a near mirror.
 ///
 /// mmdebstrap does the work, as root or in a user namespace, and its tar stream becomes the image
-/// as it comes; nothing but mmdebstrap's own tree touches the disk. For root that tree is beside
-/// `dest`, for others in mmdebstrap's default place (`TMPDIR` or `/tmp`), since its user must be
-/// able to reach it. A second call for the same `dest` waits for the first, in this process or
+/// as it comes; nothing but mmdebstrap's own tree, about 500 MB, touches the disk. For root that
+/// tree is beside `dest`; for others it is in `/var/tmp`, since the users of their namespace must
+/// be able to reach it. A second call for the same `dest` waits for the first, in this process or
 /// another.
 ///
 /// # Errors
@@ -147,7 +148,7 @@ const TYPICAL_BYTES: u64 = 300 << 20;
 /// subordinate ids; [`Network`](HostErrorKind::Network); [`NoSpace`](HostErrorKind::NoSpace);
 /// [`AlreadyExists`](HostErrorKind::AlreadyExists) if `dest` does;
 /// [`Interrupted`](HostErrorKind::Interrupted) if cancelled. Nothing remains at `dest` then, nor
-/// of mmdebstrap's tree unless mmdebstrap had to be killed.
+/// of mmdebstrap's tree. What a killed process left is removed by the next call for `dest`.
 pub fn build_default_image(
     os: &Os,
     programs: &Programs,
@@ -162,6 +163,12 @@ pub fn build_default_image(
         programs.find("newuidmap")?;
     }
     let staging = Staging::begin(os, dest)?;
+    let scratch = if root {
+        None
+    } else {
+        Some(Scratch::begin(os, programs, staging.dir())?)
+    };
+    let tree = scratch.as_ref().map_or(staging.dir(), |s| &s.dir);
     let mirrors = match &request.mirror {
         Some(mirror) => vec![mirror.clone()],
         None => host_sources(programs, cancel)?,
@@ -170,13 +177,15 @@ pub fn build_default_image(
         // Its mounts below the tree end with it, however it ends, and are never seen from here,
         // where the tree is about to be removed.
         let mmdebstrap = programs.find("mmdebstrap")?;
-        programs.tool("unshare")?.arg("--mount").arg(mmdebstrap)
+        programs
+            .tool("unshare")?
+            .named("mmdebstrap")
+            .arg("--mount")
+            .arg(mmdebstrap)
     } else {
         programs.tool("mmdebstrap")?
     };
-    if root {
-        tool = tool.env("TMPDIR", staging.dir());
-    }
+    tool = tool.env("TMPDIR", tree);
     let mut packages: Vec<&str> = PACKAGES.to_vec();
     packages.extend(request.packages.iter().map(String::as_str));
     tool = tool
@@ -267,6 +276,74 @@ pub fn import_tar(
         source.to_owned(),
         &written,
     )
+}
+
+/// Where mmdebstrap works for an ordinary user. Removed when dropped.
+struct Scratch<'a> {
+    os: &'a Os,
+    programs: &'a Programs,
+    dir: PathBuf,
+}
+
+impl<'a> Scratch<'a> {
+    /// The name follows from the user and from what is built, so that what a killed process left
+    /// is found again.
+    fn begin(os: &'a Os, programs: &'a Programs, dest: &Path) -> Result<Self, HostError> {
+        let absolute = std::path::absolute(dest).map_err(|e| HostError::io("find", dest, e))?;
+        let digest = crate::kernel::digest(&Sha256::digest(absolute.as_os_str().as_bytes()));
+        let scratch = Self {
+            os,
+            programs,
+            dir: Path::new("/var/tmp").join(format!(
+                "smolvm-build-{}-{}",
+                rustix::process::geteuid(),
+                digest.trim_start_matches("sha256:").split_at(16).0
+            )),
+        };
+        scratch.remove()?;
+        os.create_dir("create the build directory", &scratch.dir)?;
+        // Passable for the users of the namespace, readable by none.
+        os.set_mode("open the build directory", &scratch.dir, 0o711)?;
+        Ok(scratch)
+    }
+
+    fn remove(&self) -> Result<(), HostError> {
+        let op = "remove the build directory";
+        match self.os.remove_tree(op, &self.dir) {
+            // A tree that mmdebstrap could not remove itself belongs to the users of its
+            // namespace, so it is emptied from within one. The tree's top is in a directory of
+            // ours, which those may not write to, and we may.
+            Err(e) if e.kind() == HostErrorKind::PermissionDenied => {
+                let entries = std::fs::read_dir(&self.dir);
+                let trees: Vec<_> = entries
+                    .map_err(|e| HostError::io("read", &self.dir, e))?
+                    .filter_map(|entry| Some(entry.ok()?.path()))
+                    .collect();
+                let emptied = self
+                    .programs
+                    .tool("mmdebstrap")?
+                    .args(["--unshare-helper", "rm", "-rf", "--one-file-system"])
+                    .args(&trees)
+                    .run(&Cancel::new()?, &mut |_| {});
+                if let Err(error) = emptied {
+                    tracing::debug!(%error, "expected of the trees' tops");
+                }
+                for tree in &trees {
+                    let _ = std::fs::remove_dir(tree);
+                }
+                self.os.remove_tree(op, &self.dir)
+            }
+            result => result,
+        }
+    }
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            tracing::warn!(%error, dir = %self.dir.display(), "left for the next attempt");
+        }
+    }
 }
 
 /// Writes `root.erofs`.
@@ -496,10 +573,12 @@ struct Counted<'c, 'm, R> {
 impl<R: Read> Read for Counted<'_, '_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
-        self.bytes += n as u64;
-        self.meter
-            .borrow_mut()
-            .at(Phase::Write, self.bytes, TYPICAL_BYTES);
+        // The end alone may only mean that there is no image.
+        if n > 0 {
+            self.bytes += n as u64;
+            let mut meter = self.meter.borrow_mut();
+            meter.at(Phase::Write, self.bytes, TYPICAL_BYTES);
+        }
         Ok(n)
     }
 }
