@@ -47,8 +47,8 @@ pub struct VmPlan {
     pub cmdline: String,
     /// Block devices in the order the guest sees them (`/dev/vda` first).
     pub disks: Vec<DiskPlan>,
-    /// Frequency of the host's time-stamp counter in kHz. Needed under emulation, where the
-    /// `microvm` machine has no other clock to measure it by; see `docs/decisions`.
+    /// Frequency of the host's time-stamp counter in kHz ([`tsc::khz`]). Needed under emulation,
+    /// where the machine has no other clock to measure it by; without, such a plan is refused.
     pub tsc_khz: Option<u64>,
 }
 
@@ -99,8 +99,14 @@ pub trait Backend: Debug + Send + Sync {
     ///
     /// May be called any number of times, from the thread that will outlive the machine: the VMM
     /// is killed by the kernel when the *thread* that called this ends (prctl(2),
-    /// `PR_SET_PDEATHSIG`), so that no machine survives its owner. If the future is dropped, or
-    /// on error, no process and no file remains.
+    /// `PR_SET_PDEATHSIG`), so that no machine survives its owner. Needs a tokio runtime with I/O and
+    /// time. If the future is dropped, or on error, no process and no file remains.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::ProgramMissing`]; [`VmErrorKind::Unsupported`] for a plan outside the
+    /// capabilities; [`VmErrorKind::Host`], naming the file, if one of the plan's cannot be opened.
+    /// What the VMM itself finds wrong after it was started is told by [`Vm::wait`].
     async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError>;
 }
 
@@ -110,10 +116,11 @@ pub trait Vm: Debug + Send {
     /// The VMM's process number. Valid, and not reused, until [`Vm::wait`] has returned.
     fn pid(&self) -> u32;
 
-    /// Takes the byte stream to the guest's agent. The guest speaks first. `Some` once.
+    /// Takes the byte stream to the guest's agent, in blocking mode. The guest speaks first. `Some`
+    /// once. It ends when the machine does.
     fn take_channel(&mut self) -> Option<UnixStream>;
 
-    /// Takes the stream of the guest's console output. `Some` once. If nobody reads it the guest's
+    /// Takes the stream of the guest's console output, in blocking mode. `Some` once. If nobody reads it the guest's
     /// console stalls, so whoever takes it keeps reading.
     fn take_console(&mut self) -> Option<UnixStream>;
 
@@ -132,7 +139,8 @@ pub trait Vm: Debug + Send {
     async fn kill(&mut self) -> Result<Exit, VmError>;
 
     /// Waits for the VMM to end, without polling. May be called again after it returned, and its
-    /// future may be dropped without loss.
+    /// future may be dropped without loss. Whoever owns a machine waits most of the time: what the
+    /// VMM reports meanwhile is taken in here, and logged.
     async fn wait(&mut self) -> Result<Exit, VmError>;
 }
 

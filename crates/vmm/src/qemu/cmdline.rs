@@ -79,23 +79,26 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
 /// * `acpi=on`: kernels of distributions are built without `VIRTIO_MMIO_CMDLINE_DEVICES`, so they
 ///   find the devices in the ACPI tables or not at all.
 /// * `rtc=on`: without it the kernel's `rtc_cmos` polls a clock that is not there, for seconds.
+/// * `pit=off,pic=off,x-option-roms=off`: an older timer, an older interrupt controller and boot ROMs
+///   that no 64-bit kernel started directly makes use of.
 /// * Guest memory stays out of core dumps, and out of the host's same-page merging, whose timing
 ///   tells one guest what another has in memory.
-const MACHINE: &str = "microvm,acpi=on,rtc=on,dump-guest-core=off,mem-merge=off";
+const MACHINE: &str = "microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,\
+                       dump-guest-core=off,mem-merge=off";
 
 /// The machine's kernel parameters, then the guest's own, which thereby win.
 fn kernel_parameters(plan: &VmPlan) -> String {
     // `reboot=t` resets by triple fault, the one way that needs no device.
     let mut words = vec!["console=ttyS0 quiet panic=-1 reboot=t".to_owned()];
     if plan.accel == Accel::Emulation {
-        // The machine has no good second clock to measure the time-stamp counter by, so the kernel
-        // is told its rate.
+        // The machine has no second clock to measure the time-stamp counter by, so the kernel is
+        // told its rate.
         words.extend(plan.tsc_khz.map(|khz| format!("tsc_early_khz={khz}")));
         // And to trust it: it is the host's own. The kernel would compare it with the timer
-        // interrupt, and between CPUs, both of which come late on a busy host; it then falls back to
-        // counting interrupts, and the guest's clock loses half of its time.
+        // interrupt, and between CPUs, which goes wrong on a busy host; it then falls back to
+        // counting interrupts, and the guest's clock loses up to a third of its time.
         words.push("tsc=reliable".to_owned());
-        // Nor that the timer's interrupt works, for the same reason: the check ends in a panic.
+        // Nor is the timer's interrupt to be checked: where it comes late, the check ends in a panic.
         words.push("no_timer_check".to_owned());
         // What takes long when translated and protects from nothing in an emulated CPU.
         words.push("cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on".to_owned());
@@ -220,7 +223,7 @@ mod tests {
 -display none
 -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
--M microvm,acpi=on,rtc=on,dump-guest-core=off,mem-merge=off
+-M microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,dump-guest-core=off,mem-merge=off
 ";
 
     const END: &str = "
