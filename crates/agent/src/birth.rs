@@ -28,6 +28,7 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default();
         write("/etc/hosts", &hosts_with(&hosts, &request.hostname))?;
+        renew_machine_id()?;
     }
     agent.set_defaults(Defaults {
         env: request.env.clone(),
@@ -86,6 +87,20 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Failure> {
     rustix::io::write(&random, bytes)
         .map(drop)
         .map_err(|errno| from_errno(doing, errno))
+}
+
+/// Gives the machine an identifier of its own, where the image has one to replace (machine-id(5)).
+/// The kernel's generator has the host's bytes by now, so copies of one snapshot differ.
+fn renew_machine_id() -> Result<(), Failure> {
+    let path = "/etc/machine-id";
+    if !std::path::Path::new(path).exists() {
+        return Ok(());
+    }
+    let mut id = [0u8; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| from_errno("asking the kernel for random bytes", errno))?;
+    let text: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    write(path, &format!("{text}\n"))
 }
 
 fn write(path: &str, text: &str) -> Result<(), Failure> {

@@ -54,6 +54,8 @@ use rustix::process::{Resource, Rlimit};
 /// its standard input, without mounting anything, and ends when the peer closes it.
 fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     sys::prepare_signals();
+    // Standard error leads nowhere in a guest.
+    std::panic::set_hook(Box::new(|panic| console::say(&panic.to_string())));
     if rustix::process::getpid().is_init() {
         return init::boot();
     }

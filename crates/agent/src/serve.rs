@@ -68,26 +68,40 @@ impl Agent {
 
 /// Why a connection ended.
 #[derive(Debug)]
-pub(crate) enum Ended {
+enum Ended {
     /// The host closed its end.
     Closed,
+    /// The host said Hello: it is new here.
+    NewHost,
     /// The host sent what is not a frame.
     Garbage(FrameError),
 }
 
-/// Serves until the peer closes its end, starting over after garbage.
+/// Serves until the peer closes its end, starting over when the streams have lost their meaning.
+///
+/// The guest speaks first, but not every host was there to hear it: a machine restored from a
+/// snapshot has said Hello to another host, and of a port that is closed and opened again within a
+/// moment the kernel tells nothing. So a host may say Hello at any time, and is answered with one.
+/// Each Hello of ours is a beginning: all streams before it are over.
 pub(crate) fn until_closed(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) {
-    while let Ended::Garbage(error) = connection(agent, fd) {
-        // Where the next frame starts is unknown. What has arrived so far is dropped, every stream
-        // is over, and the next Hello tells the host so.
-        console::say(&format!("the host sent what is not a frame: {error}"));
-        let mut dropped = [0u8; 4096];
-        while matches!(rustix::io::read(&**fd, &mut dropped), Ok(length) if length > 0) {}
+    let mut decoder = Decoder::new();
+    loop {
+        match connection(agent, fd, &mut decoder) {
+            Ended::Closed => return,
+            Ended::NewHost => {}
+            Ended::Garbage(error) => {
+                console::say(&format!("the host sent what is not a frame: {error}"));
+                // Where the next frame starts is unknown, so all that has arrived is dropped.
+                let mut dropped = [0u8; 4096];
+                while matches!(rustix::io::read(&**fd, &mut dropped), Ok(length) if length > 0) {}
+                decoder = Decoder::new();
+            }
+        }
     }
 }
 
 /// Says Hello and serves until something ends the connection. Every stream is over then.
-fn connection(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) -> Ended {
+fn connection(agent: &Arc<Agent>, fd: &Arc<OwnedFd>, decoder: &mut Decoder) -> Ended {
     let connection = Connection {
         agent: Arc::clone(agent),
         port: Arc::new(Port::new(Arc::clone(fd))),
@@ -95,12 +109,12 @@ fn connection(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) -> Ended {
     };
     let hello = Frame::message(0, Kind::Hello, &hello());
     let ended = match connection.port.send(&hello.to_bytes()) {
-        Ok(()) => connection.serve(fd),
+        Ok(()) => connection.serve(fd, decoder),
         Err(_) => Ended::Closed,
     };
     match &ended {
         Ended::Closed => connection.port.abandon(),
-        Ended::Garbage(_) => connection.port.close(),
+        Ended::NewHost | Ended::Garbage(_) => connection.port.close(),
     }
     for (_, stream) in connection.streams.lock().drain() {
         stream.deliver_reset();
@@ -144,11 +158,24 @@ struct Connection {
 
 impl Connection {
     /// The reader's loop. It never waits for anything but the port.
-    fn serve(&self, fd: &OwnedFd) -> Ended {
-        let mut decoder = Decoder::new();
+    fn serve(&self, fd: &OwnedFd, decoder: &mut Decoder) -> Ended {
         let mut buffer = vec![0; READ_BYTES];
         let mut late = Late::Done;
         loop {
+            loop {
+                match decoder.next_frame() {
+                    Ok(Some(frame)) if frame.stream == 0 && frame.kind == Kind::Hello => {
+                        return Ended::NewHost;
+                    }
+                    Ok(Some(frame)) => {
+                        if self.take(frame) == Late::Full {
+                            late = Late::Full;
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => return Ended::Garbage(error),
+                }
+            }
             let mut interest = PollFlags::empty();
             if late == Late::Full {
                 interest |= PollFlags::OUT;
@@ -174,25 +201,14 @@ impl Connection {
                     Err(_) => return Ended::Closed,
                 }
             }
-            loop {
-                match decoder.next_frame() {
-                    Ok(Some(frame)) => {
-                        if self.take(frame) == Late::Full {
-                            late = Late::Full;
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(error) => return Ended::Garbage(error),
-                }
-            }
         }
     }
 
     /// Acts on one frame.
     fn take(&self, frame: Frame) -> Late {
         let id = frame.stream;
+        // The connection's own number. Only a Hello is for it, and does not come here.
         if id == 0 {
-            // The host's Hello. Nothing depends on it: the agent never adapts.
             return Late::Done;
         }
         if frame.kind == Kind::Open {

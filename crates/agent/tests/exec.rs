@@ -6,7 +6,7 @@ use smolvm_proto::limits::{STREAMS_MAX, WINDOW_BYTES};
 use smolvm_proto::message::{
     Control, EnvVar, Event, ExecRequest, ExtractRequest, FailureKind, ShutdownRequest, WindowSize,
 };
-use smolvm_proto::version::negotiate;
+use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Channel, Frame, Kind, Request};
 use support::{Guest, Outcome, Watched, command, shell};
 
@@ -496,6 +496,33 @@ fn garbage_ends_all_streams_and_not_the_agent() {
         Some(Event::Exited(_))
     ));
     guest.ask(&Request::Ping).done();
+}
+
+#[test]
+fn a_hosts_hello_is_answered_and_starts_afresh() {
+    let mut guest = Guest::start();
+    let hello = Frame::message(
+        0,
+        Kind::Hello,
+        &Hello {
+            version_min: 1,
+            version_max: 1,
+            agent: "a host".to_owned(),
+            kernel: String::new(),
+            uptime_ms: 0,
+        },
+    );
+    // A host that finds the guest running, as after a restore, has heard nothing yet.
+    guest.send(&hello);
+    guest.hello();
+    let stream = guest.open(&shell("echo $$; exec sleep 1000"));
+    let process = Watched::new(&guest.first_line(stream));
+    guest.send(&hello);
+    guest.hello();
+    process.assert_ends();
+    // Numbers may be used again.
+    guest.send(&Frame::message(stream, Kind::Open, &Request::Ping));
+    guest.finish(stream).done();
 }
 
 #[test]

@@ -216,7 +216,7 @@ fn entry(kind: tar::EntryType, name: &str, link: &str, content: &[u8]) -> Vec<u8
     header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
     header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
     header.set_entry_type(kind);
-    header.set_mode(0o644);
+    header.set_mode(if kind.is_dir() { 0o755 } else { 0o644 });
     header.set_uid(u64::from(rustix::process::getuid().as_raw()));
     header.set_gid(u64::from(rustix::process::getgid().as_raw()));
     header.set_mtime(1_000_000_000);
