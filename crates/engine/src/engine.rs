@@ -1,10 +1,12 @@
 //! The engine: what exists, what it needs, and its life.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_host::cancel::Cancel;
 use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
@@ -481,12 +483,14 @@ impl Engine {
             let row = self.row(&mut store, name)?;
             match row.state {
                 State::Starting | State::Running => {
-                    let session = self.attach(&row)?;
+                    let Some(session) = self.attach_when_there(&row).await? else {
+                        continue;
+                    };
                     session.wait_ready().await?;
                     return Ok((session, StartTimes::default()));
                 }
                 State::Stopping | State::Deleting => {
-                    self.wait_until_free(&row.id).await?;
+                    wait_for_end(&row).await?;
                     continue;
                 }
                 State::Created | State::Stopped | State::Error => {}
@@ -531,7 +535,10 @@ impl Engine {
     /// Carries a start out, step by step, up to the keeper that takes over.
     fn realize(&self, store: &mut Store, row: &SandboxRow) -> Result<Session> {
         let dir = self.layout().sandbox(&row.id);
-        // Only a repair may hold the lock at this moment, and it lets go at once.
+        // A maker that was killed between the row and the directory leaves a row without one.
+        self.os()
+            .create_dir_all("make the sandbox's directory", dir.path())?;
+        // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
         let facts = self.host_facts(store, row)?;
         if let Layer::File(path) = plan::layer(row, self.layout())
@@ -597,15 +604,20 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::NotRunning`] with the command that starts it.
-    #[expect(clippy::unused_async, reason = "needs a runtime, as its siblings")]
     pub async fn connect(&self, name: &str) -> Result<Session> {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
         };
-        let row = self.row(&mut store, name)?;
-        match row.state {
-            State::Starting | State::Running => self.attach(&row),
-            state => {
+        loop {
+            let row = self.row(&mut store, name)?;
+            let state = row.state;
+            if matches!(state, State::Starting | State::Running) {
+                match self.attach_when_there(&row).await? {
+                    Some(session) => return Ok(session),
+                    None => continue,
+                }
+            }
+            return {
                 let mut error = Error::new(
                     ErrorKind::NotRunning,
                     format!("sandbox `{name}` is not running, it is {state}"),
@@ -615,7 +627,7 @@ impl Engine {
                     error = error.because(reason);
                 }
                 Err(error)
-            }
+            };
         }
     }
 
@@ -639,7 +651,8 @@ impl Engine {
         }
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         let asked = async {
-            self.attach(&row)?
+            self.connect(name)
+                .await?
                 .keeper(&KeeperRequest::Stop(StopRequest { grace_ms }))
                 .await
         };
@@ -647,8 +660,8 @@ impl Engine {
         let limit = grace.saturating_add(KEEPER_PATIENCE);
         match tokio::time::timeout(limit, asked).await {
             Ok(Ok(KeeperEvent::Done(done))) => {
-                // The next start needs the lock, which the keeper lets go when it ends.
-                self.wait_until_free(&row.id).await?;
+                // A sandbox that is off has no process: what the caller sees next must say so.
+                wait_for_end(&row).await?;
                 Ok(done.forced)
             }
             Ok(Ok(other)) => Err(Error::new(
@@ -675,9 +688,17 @@ impl Engine {
         };
         let row = self.row(&mut store, name)?;
         if row.state.is_held() {
-            let asked = async { self.attach(&row)?.keeper(&KeeperRequest::Destroy).await };
+            let asked = async {
+                let session = self.attach_when_there(&row).await?;
+                match session {
+                    Some(session) => session.keeper(&KeeperRequest::Destroy).await.map(Some),
+                    None => Ok(None),
+                }
+            };
             match tokio::time::timeout(KEEPER_PATIENCE, asked).await {
-                Ok(Ok(KeeperEvent::Done(_))) => return Ok(()),
+                Ok(Ok(Some(KeeperEvent::Done(_)))) => return Ok(()),
+                // Somebody else was faster in some way; see what is there now.
+                Ok(Ok(None)) => return Box::pin(self.delete(name)).await,
                 _ => teardown::end_processes(&row)?,
             }
         }
@@ -685,26 +706,30 @@ impl Engine {
         teardown::destroy(self.os(), self.layout(), &mut store, &row.id)
     }
 
-    /// Waits until no process holds a sandbox.
-    async fn wait_until_free(&self, id: &str) -> Result<()> {
-        let dir = self.layout().sandbox(id);
-        let os = self.os().clone();
-        tokio::task::spawn_blocking(move || {
-            if dir.path().exists() {
-                // The file is opened before it is waited for, so one that is removed meanwhile
-                // is no obstacle.
-                match os.lock("lock the sandbox", &dir.lock()) {
-                    Err(error) if error.kind() != smolvm_host::HostErrorKind::NotFound => {
-                        return Err(error);
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
+    /// Connects to a sandbox that starts or runs. Its socket appears a moment after its row says
+    /// so, and is waited for; `None` if the one who starts it ended first, or the row has moved on.
+    async fn attach_when_there(&self, row: &SandboxRow) -> Result<Option<Session>> {
+        let dir = self.layout().sandbox(&row.id);
+        // Watched before it is looked for, so that an appearance in between is not missed.
+        let watch = launch::watch_socket(&dir)
+            .map_err(|error| io(format!("could not watch {}", dir.path().display()), error))?;
+        let refused = match self.attach(row) {
+            Ok(session) => return Ok(Some(session)),
+            Err(error) => error,
+        };
+        // Not there yet, or not any more: the directory or the holder's end will tell.
+        let Some(holder) = open_holder(row)? else {
+            return Ok(None);
+        };
+        let changed = blocking(move || {
+            let mut fds = [
+                PollFd::new(&watch, PollFlags::IN),
+                PollFd::new(&holder, PollFlags::IN),
+            ];
+            wait_for_any(&mut fds, Some(KEEPER_PATIENCE))
         })
-        .await
-        .map_err(|panic| Error::new(ErrorKind::Internal, "waiting failed").because(panic))?
-        .map_err(Error::from)
+        .await?;
+        if changed { Ok(None) } else { Err(refused) }
     }
 
     /// Removes leftovers that belong to no sandbox, and with `stopped` also every sandbox that is
@@ -747,6 +772,42 @@ impl Engine {
 
 /// Most time a keeper may take to switch its machine off and remove it.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs what blocks on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|panic| Error::new(ErrorKind::Internal, "waiting failed").because(panic))?
+}
+
+/// The process that holds a sandbox, if it runs.
+fn open_holder(row: &SandboxRow) -> Result<Option<OwnedFd>> {
+    match &row.holder {
+        Some(holder) => Ok(holder.open()?),
+        None => Ok(None),
+    }
+}
+
+/// Waits until the process that holds a sandbox has ended. Not for its lock: the next starter may
+/// have taken that already, and keeps it for as long as the sandbox runs.
+async fn wait_for_end(row: &SandboxRow) -> Result<()> {
+    let Some(holder) = open_holder(row)? else {
+        return Ok(());
+    };
+    blocking(move || wait_for_any(&mut [PollFd::new(&holder, PollFlags::IN)], None))
+        .await
+        .map(|_| ())
+}
+
+/// Waits until one of the descriptors is ready; says whether one was before the time was up.
+fn wait_for_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool> {
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    rustix::io::retry_on_intr(|| poll(fds, limit.as_ref()))
+        .map(|ready| ready > 0)
+        .map_err(|error| io("could not wait for a sandbox's processes", error.into()))
+}
 
 fn unknown_sandbox(name: &str) -> Error {
     Error::new(

@@ -75,6 +75,23 @@ pub(crate) fn listen(dir: &SandboxDir) -> std::io::Result<UnixListener> {
     ))
 }
 
+/// A descriptor that becomes readable when something appears in or vanishes from a sandbox's
+/// directory, its socket among it.
+pub(crate) fn watch_socket(dir: &SandboxDir) -> std::io::Result<OwnedFd> {
+    use rustix::fs::inotify;
+
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    let events = inotify::WatchFlags::CREATE
+        | inotify::WatchFlags::MOVED_TO
+        | inotify::WatchFlags::DELETE
+        | inotify::WatchFlags::DELETE_SELF;
+    match inotify::add_watch(&watch, dir.path(), events) {
+        // Without a directory there is nothing to wait for; whoever asked looks again.
+        Ok(_) | Err(rustix::io::Errno::NOENT) => Ok(watch),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Starts a keeper. It inherits the listening socket as standard input, the sandbox's lock as
 /// standard output and its log as standard error: no descriptor has to be smuggled past exec.
 pub(crate) fn spawn(

@@ -95,7 +95,7 @@ pub struct SandboxRow {
     pub image_digest: String,
     /// Directory name of its kernel.
     pub kernel: String,
-    /// Engine of the last start.
+    /// Engine of the last start, from the moment its keeper took over.
     pub engine: Option<String>,
     /// Acceleration of the last start.
     pub accel: Option<String>,
@@ -210,7 +210,8 @@ impl Store {
     ) -> Result<bool> {
         let text = format!(
             "UPDATE sandboxes SET state = 'starting', reason = NULL, started_ms = ?2, stopped_ms = NULL, \
-             boot_id = ?3, holder_pid = ?4, holder_start = ?5, vmm_pid = NULL, vmm_start = NULL \
+             engine = NULL, accel = NULL, boot_id = ?3, holder_pid = ?4, holder_start = ?5, \
+             vmm_pid = NULL, vmm_start = NULL \
              WHERE id = ?1 AND state IN ({})",
             list(from)
         );
