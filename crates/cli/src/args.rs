@@ -40,9 +40,8 @@ pub(crate) struct Globals {
     /// ~/.local/state/smolvm]
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// How guest instructions run
+    /// How guest instructions run; auto is kvm where a probe shows that it works
     #[arg(long, global = true, value_name = "HOW", value_enum, default_value_t = Accel::Auto)]
-    #[arg(hide_possible_values = false)]
     pub(crate) accel: Accel,
     /// Say nothing on standard error but failures
     #[arg(short, long, global = true)]
@@ -52,14 +51,12 @@ pub(crate) struct Globals {
     pub(crate) verbose: u8,
 }
 
-/// How guest instructions run.
+/// How guest instructions run. Variants have no documentation of their own: clap would print it, and
+/// every help would become three times as long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Accel {
-    /// Hardware virtualization if a probe shows that it works, else emulation
     Auto,
-    /// Hardware virtualization, or an error that says why not
     Kvm,
-    /// Emulation
     Emulation,
 }
 
@@ -108,7 +105,6 @@ pub(crate) enum Command {
     )]
     Sandbox(Sandbox),
     /// Files of a sandbox
-    #[command(after_help = "Example:\n  smolvm file ls box /etc")]
     File(File),
     /// Images sandboxes are made from
     #[command(after_help = "Example:\n  smolvm image list")]
@@ -163,6 +159,7 @@ pub(crate) enum SandboxCommand {
 
 /// `smolvm file`.
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm file ls box /etc")]
 pub(crate) struct File {
     #[command(subcommand)]
     pub(crate) command: Option<FileCommand>,

@@ -317,10 +317,16 @@ impl CliError {
 /// The `error` object for a command line that does not parse.
 pub(crate) fn usage_json(error: &clap::Error) -> Value {
     let rendered = error.render().to_string();
-    let message = rendered.lines().next().unwrap_or_default();
+    // Up to the usage: what is missing may be named on lines of its own.
+    let lines: Vec<&str> = rendered
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    let message = lines.join(" ");
     json!({
         "code": Code::UsageError.as_str(),
-        "message": message.strip_prefix("error: ").unwrap_or(message),
+        "message": message.strip_prefix("error: ").unwrap_or(&message),
         "recovery": "add --help for the arguments of a command",
     })
 }

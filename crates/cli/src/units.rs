@@ -144,9 +144,14 @@ pub(crate) fn show_age(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     format!("{number} {unit}{plural} ago")
 }
 
-/// Milliseconds, for figures.
+/// Milliseconds, for figures, to the microsecond; more digits would be noise.
 pub(crate) fn millis(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "2^52 microseconds are 142 years"
+    )]
+    let micros = time.as_micros() as f64;
+    micros / 1000.0
 }
 
 #[cfg(test)]

@@ -23,11 +23,8 @@ pub(crate) struct Args {
 /// Shells we know.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Shell {
-    /// GNU Bash
     Bash,
-    /// Z shell
     Zsh,
-    /// fish
     Fish,
 }
 

@@ -69,6 +69,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     };
     let mut deleted = Vec::new();
     let mut failed = Vec::new();
+    let mut only = None;
     for (name, result) in results {
         match result {
             Ok(()) => {
@@ -77,19 +78,24 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             }
             Err(error) => {
                 let error = CliError::from(error);
-                if !cx.out.json {
+                failed.push(json!({ "name": name, "error": error.json() }));
+                if targets.len() == 1 {
+                    only = Some(error);
+                } else if !cx.out.json {
                     output::stderr_raw(&error.text());
                 }
-                failed.push(json!({ "name": name, "error": error.json() }));
             }
         }
     }
-    let error = (!failed.is_empty()).then(|| {
-        CliError::Partly(format!(
-            "{} of {} sandboxes were not deleted",
-            failed.len(),
-            targets.len()
-        ))
+    // Of one, its own error says all there is to say.
+    let error = only.or_else(|| {
+        (!failed.is_empty()).then(|| {
+            CliError::Partly(format!(
+                "{} of {} sandboxes were not deleted",
+                failed.len(),
+                targets.len()
+            ))
+        })
     });
     Ok(Outcome {
         data: json!({

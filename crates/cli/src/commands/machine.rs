@@ -35,7 +35,8 @@ pub(crate) struct Machine {
     #[arg(long, alias = "disk-size", value_name = "SIZE", value_parser = units::mib)]
     #[arg(default_value_t = DISK_MIB_DEFAULT)]
     disk: u32,
-    /// Where changes to its root file system go
+    /// Where these changes go: a layer of its own, one that belongs to the image and to one sandbox at a
+    /// time, or its memory
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Mode::Isolated)]
     disk_mode: Mode,
     /// Environment of its commands; NAME alone copies ours
@@ -61,14 +62,11 @@ pub(crate) struct Machine {
     pub(crate) kernel: Option<PathBuf>,
 }
 
-/// Where changes go.
+/// Where changes go; see [`DiskMode`].
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Mode {
-    /// A layer of its own, kept over stop and start
     Isolated,
-    /// One layer that belongs to the image; one sandbox at a time
     Shared,
-    /// Its memory; gone when it stops
     Memory,
 }
 

@@ -1,0 +1,82 @@
+//! The help of every command, whole. It is the manual most users ever read.
+
+mod support;
+
+use support::Home;
+
+/// Every command but the short forms that share the text of their long form.
+const COMMANDS: [&str; 30] = [
+    "",
+    "run",
+    "create",
+    "exec",
+    "shell",
+    "cp",
+    "ls",
+    "info",
+    "logs",
+    "start",
+    "stop",
+    "rm",
+    "sandbox",
+    "sandbox create",
+    "sandbox list",
+    "sandbox delete",
+    "sandbox exec",
+    "sandbox prune",
+    "computer",
+    "file",
+    "file upload",
+    "file download",
+    "file ls",
+    "image",
+    "image list",
+    "doctor",
+    "setup",
+    "completion",
+    "bench",
+    "bench lifecycle",
+];
+
+#[test]
+fn every_command_explains_itself() {
+    let home = Home::new();
+    for command in COMMANDS {
+        let mut args: Vec<&str> = command.split_whitespace().collect();
+        args.push("--help");
+        let name = if command.is_empty() {
+            "smolvm"
+        } else {
+            command
+        };
+        insta::assert_snapshot!(name.replace(' ', "_"), home.run(&args));
+    }
+    assert!(!home.path("data").exists(), "help needs no state");
+}
+
+#[test]
+fn a_command_without_its_verb_prints_its_help() {
+    let home = Home::new();
+    for command in ["", "sandbox", "computer", "file", "image", "bench"] {
+        let mut args: Vec<&str> = command.split_whitespace().collect();
+        let output = home.command(&args).output().expect("smolvm runs");
+        args.push("-h");
+        let help = home.command(&args).output().expect("smolvm runs");
+        assert!(output.status.success(), "`smolvm {command}` is no mistake");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&help.stdout),
+            "`smolvm {command}`"
+        );
+    }
+}
+
+#[test]
+fn the_version_is_one_line() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["-V"]), @r"
+        $ smolvm -V
+        smolvm [VERSION]
+        --- exit 0
+    ");
+}

@@ -1,0 +1,454 @@
+//! What a person sees who made a mistake: whole, with the exit code.
+
+mod support;
+
+use std::process::Stdio;
+
+use support::Home;
+
+#[test]
+fn command_lines_that_do_not_parse() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["frobnicate"]), @r"
+        $ smolvm frobnicate
+        --- stderr
+        error: unrecognized subcommand 'frobnicate'
+
+        Usage: smolvm [OPTIONS] [COMMAND]
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run"]), @r"
+        $ smolvm run
+        --- stderr
+        error: the following required arguments were not provided:
+          <COMMAND>...
+
+        Usage: smolvm run <COMMAND>...
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--memory", "lots", "true"]), @r"
+        $ smolvm run --memory lots true
+        --- stderr
+        error: invalid value 'lots' for '--memory <SIZE>': `lots` is not a size; write 512, 512M or 4G (a bare number is MiB)
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--timeout", "0", "true"]), @r"
+        $ smolvm run --timeout 0 true
+        --- stderr
+        error: invalid value '0' for '--timeout <TIME>': a limit of zero allows nothing; leave the flag out for no limit
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["stop", "box", "--now", "--timeout", "5s"]), @r"
+        $ smolvm stop box --now --timeout 5s
+        --- stderr
+        error: the argument '--now' cannot be used with '--timeout <TIME>'
+
+        Usage: smolvm stop --now <NAME>
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+}
+
+#[test]
+fn command_lines_that_do_not_parse_as_json() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["rm", "--json"]), @r#"
+    $ smolvm rm --json
+    {
+      "ok": false,
+      "command": "sandbox.delete",
+      "exit_code": 2,
+      "data": null,
+      "error": {
+        "code": "usage_error",
+        "message": "the following required arguments were not provided: <NAME>...",
+        "recovery": "add --help for the arguments of a command"
+      }
+    }
+    --- exit 2
+    "#);
+    insta::assert_snapshot!(home.run(&["--json", "computer", "list", "--bad"]), @r#"
+        $ smolvm --json computer list --bad
+        {
+          "ok": false,
+          "command": "sandbox.list",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "usage_error",
+            "message": "unexpected argument '--bad' found",
+            "recovery": "add --help for the arguments of a command"
+          }
+        }
+        --- exit 2
+    "#);
+    // This --json belongs to the guest's command.
+    insta::assert_snapshot!(home.run(&["exec", "--bad", "--", "x", "--json"]), @r"
+        $ smolvm exec --bad -- x --json
+        --- stderr
+        error: unexpected argument '--bad' found
+
+          tip: to pass '--bad' as a value, use '-- --bad'
+
+        Usage: smolvm exec [OPTIONS] <NAME> <COMMAND>...
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+}
+
+#[test]
+fn values_out_of_bounds() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["create", "--name", "Box!"]), @r"
+        $ smolvm create --name Box!
+        --- stderr
+        error: `Box!` is not a sandbox name
+        hint: use 1 to 64 lower-case letters, digits, `-` and `_`, beginning and ending with a letter or digit
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--memory", "64", "true"]), @r"
+        $ smolvm run --memory 64 true
+        --- stderr
+        error: memory of 64 MiB is below the least, 128 MiB
+        hint: give --memory a value from 128 to 32768
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["create", "--memory", "33G", "--json"]), @r#"
+        $ smolvm create --memory 33G --json
+        {
+          "ok": false,
+          "command": "sandbox.create",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "invalid_input",
+            "message": "memory of 33792 MiB is above the most, 32768 MiB",
+            "recovery": "give --memory a value from 128 to 32768",
+            "details": {
+              "kind": "invalid_input"
+            }
+          }
+        }
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(home.run(&["run", "--cpus", "0", "true"]), @r"
+        $ smolvm run --cpus 0 true
+        --- stderr
+        error: CPUs of 0 is below the least, 1
+        hint: give --cpus a value from 1 to 32
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "-w", "tmp", "true"]), @r"
+        $ smolvm run -w tmp true
+        --- stderr
+        error: working directory `tmp` is not an absolute path
+        hint: give a path in the guest that begins with `/`
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "-e", "=x", "true"]), @r"
+        $ smolvm run -e =x true
+        --- stderr
+        error: `` is not an environment variable
+        hint: use --env NAME=VALUE
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--env-file", "missing", "true"]), @r"
+        $ smolvm run --env-file missing true
+        --- stderr
+        error: reading environment file missing
+        caused by: No such file or directory (os error 2)
+        --- exit 125
+    ");
+    assert!(!home.path("data").exists(), "nothing was begun");
+}
+
+#[test]
+fn flags_that_make_no_sense_together() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["shell", "box", "--json"]), @r#"
+        $ smolvm shell box --json
+        {
+          "ok": false,
+          "command": "sandbox.shell",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "usage_error",
+            "message": "a shell cannot be used with --json: a terminal's output is not data",
+            "recovery": "smolvm exec --json box -- COMMAND"
+          }
+        }
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(home.run(&["run", "-t", "--json", "true"]), @r#"
+        $ smolvm run -t --json true
+        {
+          "ok": false,
+          "command": "run",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "usage_error",
+            "message": "--tty and --json cannot be used together: a terminal's output is not data",
+            "recovery": "leave one of them out"
+          }
+        }
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(home.run(&["logs", "-f", "box", "--json"]), @r#"
+        $ smolvm logs -f box --json
+        {
+          "ok": false,
+          "command": "sandbox.logs",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "usage_error",
+            "message": "--follow and --json cannot be used together: one object has an end",
+            "recovery": "leave one of them out"
+          }
+        }
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(home.run(&["cp", "a", "b"]), @r"
+        $ smolvm cp a b
+        --- stderr
+        error: neither side is in a sandbox
+        hint: write one of them as NAME:/path
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["cp", "a:/x", "b:/y"]), @r"
+        $ smolvm cp a:/x b:/y
+        --- stderr
+        error: both sides are in a sandbox
+        hint: copy out of the one first, then into the other
+        --- exit 2
+    ");
+}
+
+#[test]
+fn sandboxes_that_are_not_there() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["info", "box"]), @r"
+        $ smolvm info box
+        --- stderr
+        error: there is no sandbox named `box`
+        hint: see the sandboxes with `smolvm ls --all`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["info", "box", "--json"]), @r#"
+        $ smolvm info box --json
+        {
+          "ok": false,
+          "command": "sandbox.info",
+          "exit_code": 1,
+          "data": null,
+          "error": {
+            "code": "not_found",
+            "message": "there is no sandbox named `box`",
+            "recovery": "see the sandboxes with `smolvm ls --all`",
+            "details": {
+              "kind": "not_found"
+            }
+          }
+        }
+        --- exit 1
+    "#);
+    insta::assert_snapshot!(home.run(&["exec", "box", "true"]), @r"
+        $ smolvm exec box true
+        --- stderr
+        error: there is no sandbox named `box`
+        hint: see the sandboxes with `smolvm ls --all`
+        --- exit 125
+    ");
+    insta::assert_snapshot!(home.run(&["rm", "box", "other", "box"]), @r"
+        $ smolvm rm box other box
+        --- stderr
+        error: there is no sandbox named `box`
+        hint: see the sandboxes with `smolvm ls --all`
+        error: there is no sandbox named `other`
+        hint: see the sandboxes with `smolvm ls --all`
+        error: 2 of 2 sandboxes were not deleted
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["rm", "box", "--json"]), @r#"
+    $ smolvm rm box --json
+    {
+      "ok": false,
+      "command": "sandbox.delete",
+      "exit_code": 1,
+      "data": {
+        "targets": [
+          "box"
+        ],
+        "deleted": [],
+        "failed": [
+          {
+            "name": "box",
+            "error": {
+              "code": "not_found",
+              "message": "there is no sandbox named `box`",
+              "recovery": "see the sandboxes with `smolvm ls --all`",
+              "details": {
+                "kind": "not_found"
+              }
+            }
+          }
+        ],
+        "summary": {
+          "requested": 1,
+          "deleted": 0,
+          "failed": 1
+        },
+        "dry_run": false,
+        "reconciled_stale_ids": []
+      },
+      "error": {
+        "code": "not_found",
+        "message": "there is no sandbox named `box`",
+        "recovery": "see the sandboxes with `smolvm ls --all`",
+        "details": {
+          "kind": "not_found"
+        }
+      }
+    }
+    --- exit 1
+    "#);
+    for args in [
+        &["start", "box"][..],
+        &["stop", "box"],
+        &["logs", "box"],
+        &["logs", "-f", "box"],
+        &["cp", "box:/a", "."],
+        &["file", "upload", "box", "a", "/a"],
+        &["file", "download", "box", "/a", "a"],
+        &["file", "ls", "box"],
+    ] {
+        let output = home.command(args).output().expect("smolvm runs");
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            errors.starts_with("error: there is no sandbox named `box`\n"),
+            "{errors}"
+        );
+    }
+    let shell = home
+        .command(&["shell", "box"])
+        .output()
+        .expect("smolvm runs");
+    assert_eq!(shell.status.code(), Some(125), "1 would be the shell's own");
+}
+
+#[test]
+#[ignore = "smolvm-host searches /usr/bin whatever SMOLVM_PROGRAM_PATH says"]
+fn a_host_without_our_programs() {
+    let home = Home::new();
+    let output = home
+        .command(&["doctor", "--json"])
+        .output()
+        .expect("smolvm runs");
+    assert_eq!(output.status.code(), Some(1));
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let checks = answer["data"]["checks"].as_array().expect("checks");
+    let qemu = checks
+        .iter()
+        .find(|check| check["name"] == "qemu")
+        .expect("a check of QEMU");
+    assert_eq!(qemu["status"], "fail", "{qemu}");
+    assert!(qemu["fix"].is_string(), "{qemu}");
+}
+
+#[test]
+fn a_host_without_kernel_and_image() {
+    let home = Home::new();
+    let output = home
+        .command(&["setup", "--check-only", "--json"])
+        .output()
+        .expect("smolvm runs");
+    assert_eq!(output.status.code(), Some(1));
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(answer["error"]["code"], "missing_dependency");
+    let missing = &answer["data"]["missing_assets"];
+    assert_eq!(*missing, serde_json::json!(["kernel", "image debian-12"]));
+    assert!(!home.path("data").exists(), "checking makes nothing");
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_made() {
+    let home = Home::new();
+    // A file in its way stops root too.
+    std::fs::write(home.path("file"), "").expect("a file");
+    let dir = home.path("file/data");
+    let dir = dir.to_str().expect("text");
+    insta::assert_snapshot!(home.run(&["create", "--data-dir", dir]), @r"
+        $ smolvm create --data-dir [HOME]/file/data
+        --- stderr
+        error: could not look for the state database [HOME]/file/data/state.db
+        caused by: Not a directory (os error 20)
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--data-dir", dir, "--json", "true"]), @r#"
+        $ smolvm run --data-dir [HOME]/file/data --json true
+        {
+          "ok": false,
+          "command": "run",
+          "exit_code": 125,
+          "data": null,
+          "error": {
+            "code": "runtime_error",
+            "message": "could not look for the state database [HOME]/file/data/state.db",
+            "details": {
+              "kind": "internal",
+              "causes": [
+                "Not a directory (os error 20)"
+              ]
+            }
+          }
+        }
+        --- exit 125
+    "#);
+}
+
+#[test]
+fn deleting_all_of_nothing_is_no_mistake() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["rm", "--all"]), @r"
+        $ smolvm rm --all
+        --- exit 0
+    ");
+    insta::assert_snapshot!(home.run(&["rm", "--all", "box"]), @r"
+        $ smolvm rm --all box
+        --- stderr
+        error: the argument '--all' cannot be used with '[NAME]...'
+
+        Usage: smolvm rm --all [NAME]...
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+}
+
+#[test]
+fn a_reader_that_went_away_is_not_complained_about() {
+    let home = Home::new();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = home
+        .command(&["ls"])
+        .stdout(Stdio::from(writer))
+        .stderr(Stdio::piped())
+        .output()
+        .expect("smolvm runs");
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
