@@ -44,7 +44,7 @@ pub enum Verdict {
 
 /// Tries the host's hypervisor, KVM.
 ///
-/// Blocks the thread for a few milliseconds, and never for more than 3 s. Nothing
+/// Blocks the thread for a few milliseconds, and never for more than 6 s. Nothing
 /// remains of the try. (If the kernel does not even let the try be interrupted, its thread remains
 /// for as long as that lasts; this has not been seen.) The verdict holds until the host's next boot
 /// or change of modules, or, if absent, of permissions.
@@ -53,12 +53,23 @@ pub fn kvm() -> Verdict {
     probe(Path::new("/dev/kvm"), DEADLINE)
 }
 
+/// How much longer the second try may take.
+const RETRY_FACTOR: u32 = 4;
+
 fn probe(device: &Path, deadline: Duration) -> Verdict {
     let surroundings = Surroundings {
         software_only: Path::new("/sys/module/kvm_pvm").exists(),
     };
     match std::fs::File::options().read(true).write(true).open(device) {
-        Ok(_) => verdict(&run_with_deadline(None, deadline), surroundings),
+        Ok(_) => {
+            let mut outcome = run_with_deadline(None, deadline);
+            if matches!(outcome, Outcome::TooLong { .. }) {
+                // The first machine after the module was loaded may take long on a host that is
+                // busy or itself emulated, and the verdict is remembered until the next boot.
+                outcome = run_with_deadline(None, RETRY_FACTOR * deadline);
+            }
+            verdict(&outcome, surroundings)
+        }
         Err(error) => absent(device, &error),
     }
 }
