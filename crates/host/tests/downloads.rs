@@ -1,5 +1,5 @@
-//! What only a real distribution can answer. These download tens of megabytes, so they are run by
-//! name: `cargo test -p smolvm-host --test downloads -- --ignored`.
+//! What only a real distribution can answer. These download some 90 megabytes and take half a
+//! minute together.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,6 @@ fn check_progress(seen: &[Progress]) {
 }
 
 #[test]
-#[ignore = "downloads 27 MB"]
 fn the_distributions_kernel() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("kernel");
@@ -52,7 +51,6 @@ fn the_distributions_kernel() {
 }
 
 #[test]
-#[ignore = "downloads 60 MB and takes half a minute"]
 fn the_default_image() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("image");
