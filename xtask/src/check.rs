@@ -169,7 +169,9 @@ impl Tests {
             .arg(format!(
                 "target.x86_64-unknown-linux-gnu.runner=[{runner},\"test-runner\"]"
             ))
-            .env("SMOLVM_TEST_DATA", run::data_dir());
+            .env("SMOLVM_TEST_DATA", run::data_dir())
+            // The lines are read here, and colours are part of a line.
+            .env("CARGO_TERM_COLOR", "never");
         let status = run::watched(&mut command, |line| {
             self.line(line);
             run::say(line);

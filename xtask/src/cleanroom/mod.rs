@@ -33,6 +33,10 @@ pub(crate) struct Args {
     /// Leave the directory there
     #[arg(long)]
     keep: bool,
+    /// Use the directory that --keep left, with what was built in it, and the files of today; it is
+    /// then no fresh machine any more
+    #[arg(long)]
+    reuse: bool,
 }
 
 /// A command of the README.
@@ -125,6 +129,11 @@ impl Room {
             root: place.join("root"),
             toolchain: run::output(Command::new("rustc").args(["--print", "sysroot"]))?,
         };
+        if args.reuse && room.root.exists() {
+            room.checkout(args.dirty)?;
+            room.own(args)?;
+            return Ok(room);
+        }
         room.remove()?;
         fs::create_dir_all(&place).context("making the place for the room")?;
         room.bootstrap()?;
@@ -137,14 +146,17 @@ impl Room {
         )?;
         room.registry(if args.user { "/home/tester" } else { "/root" })?;
         room.checkout(args.dirty)?;
-        if args.user {
-            room.enter(
-                "root",
-                "/",
-                &["chown", "-R", &format!("{USER}:{USER}"), "/home/tester"],
-            )?;
-        }
+        room.own(args)?;
         Ok(room)
+    }
+
+    /// Gives an ordinary user what is in the home directory.
+    fn own(&self, args: &Args) -> Result<()> {
+        if !args.user {
+            return Ok(());
+        }
+        let owner = format!("{USER}:{USER}");
+        self.enter("root", "/", &["chown", "-R", &owner, "/home/tester"])
     }
 
     fn path(&self, inside: &str) -> PathBuf {
@@ -235,6 +247,14 @@ impl Room {
     fn checkout(&self, dirty: bool) -> Result<()> {
         let into = self.path(CHECKOUT);
         fs::create_dir_all(&into).context("making the checkout's directory")?;
+        for entry in fs::read_dir(&into).context("listing the checkout")? {
+            let path = entry.context("listing the checkout")?.path();
+            if path.is_dir() && !path.ends_with("target") {
+                fs::remove_dir_all(&path).context("removing files of yesterday")?;
+            } else if path.is_file() {
+                fs::remove_file(&path).context("removing files of yesterday")?;
+            }
+        }
         let mut unpack = Command::new("tar")
             .args(["-x", "-C"])
             .arg(&into)
