@@ -138,6 +138,8 @@ impl Meter {
 
 impl Watcher for Meter {
     fn progress(&mut self, progress: &Progress) {
-        self.show(&progress.phase, progress.fraction, &progress.task);
+        // Two tasks may have a phase of the same name.
+        let phase = format!("{}: {}", progress.task, progress.phase);
+        self.show(&phase, progress.fraction, "");
     }
 }
