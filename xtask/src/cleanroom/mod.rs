@@ -256,7 +256,8 @@ impl Room {
             }
         }
         let mut unpack = Command::new("tar")
-            .args(["-x", "-C"])
+            // With the time of today, by which cargo sees what is new.
+            .args(["-x", "-m", "-C"])
             .arg(&into)
             .stdin(Stdio::piped())
             .spawn()
