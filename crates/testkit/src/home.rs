@@ -20,6 +20,9 @@ use crate::watch::{Process, processes_mentioning};
 /// Directories of tests begin with this. A space and a comma, because users have such paths.
 const PREFIX: &str = "smolvm e2e, ";
 
+/// The user without any rights, by Debian's number.
+const NOBODY: u32 = 65534;
+
 /// Time a keeper has to end after it has answered: it says goodbye to its clients.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -32,11 +35,11 @@ pub struct HomeBuilder {
 }
 
 impl HomeBuilder {
-    /// Belongs to this user, who also runs everything; with copies of programs and assets that user
-    /// can read.
+    /// Belongs to an ordinary user, who also runs everything; with copies of programs and assets
+    /// that user can read. Nothing is to be done if the test is run by an ordinary user.
     #[must_use]
-    pub fn user(mut self, id: u32) -> Self {
-        self.user = Some(id);
+    pub fn ordinary_user(mut self) -> Self {
+        self.user = rustix::process::geteuid().is_root().then_some(NOBODY);
         self
     }
 
@@ -155,12 +158,21 @@ impl Home {
 
     /// `smolvm` with these arguments.
     pub fn smolvm<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Invocation {
+        self.smolvm_in(&self.data, args)
+    }
+
+    /// `smolvm` with these arguments and another data directory.
+    pub fn smolvm_in<S: AsRef<OsStr>>(
+        &self,
+        data: &Path,
+        args: impl IntoIterator<Item = S>,
+    ) -> Invocation {
         let mut invocation = Invocation::new(self.binaries.smolvm());
         if let Some(user) = self.user {
             invocation = invocation.user(user);
         }
         invocation
-            .args([OsStr::new("--data-dir"), self.data.as_os_str()])
+            .args([OsStr::new("--data-dir"), data.as_os_str()])
             .args(args)
     }
 

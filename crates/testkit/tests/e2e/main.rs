@@ -1,8 +1,15 @@
 //! End-to-end tests: the real programs, real machines, one module for each feature.
 
 mod concurrency;
+mod counts;
 mod deaths;
+mod disks;
+mod files;
+mod guest;
 mod life;
 mod run;
 mod signals;
 mod stream;
+mod trouble;
+mod ttl;
+mod unprivileged;

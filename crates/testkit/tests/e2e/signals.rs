@@ -99,10 +99,10 @@ fn a_terminal_is_one_on_both_sides() {
     );
     terminal.is_as_before();
 
-    // What is typed arrives as typed, and the end of the file ends the shell.
-    let mut terminal = home.terminal(&["shell", "box"]);
-    terminal.type_in(b"echo $((6*7)) typed\r");
-    terminal.wait_for("42 typed");
+    // The end of the file, as typed.
+    let mut terminal = home.terminal(&["exec", "-it", "box", "--", "cat"]);
+    terminal.type_in(b"typed\r");
+    terminal.wait_for("typed\r\ntyped\r\n");
     terminal.type_in(b"\x04");
     assert_eq!(
         terminal.wait(),
@@ -110,5 +110,20 @@ fn a_terminal_is_one_on_both_sides() {
         "the screen was:\n{}",
         terminal.screen()
     );
+
+    let mut terminal = home.terminal(&["shell", "box"]);
+    terminal.type_in(b"tty; exit $((6*7))\r");
+    assert_eq!(
+        terminal.wait(),
+        Some(42),
+        "the screen was:\n{}",
+        terminal.screen()
+    );
+    assert!(
+        terminal.screen().contains("/dev/pts/"),
+        "{}",
+        terminal.screen()
+    );
+    terminal.is_as_before();
     home.rm(&["box"]);
 }
