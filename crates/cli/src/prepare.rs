@@ -94,7 +94,26 @@ pub(crate) fn note_emulation(cx: &Context, engine: &Engine) {
     {
         output::stderr(&format!(
             "note: guests are emulated, which is slow: {}",
-            acceleration.reason
+            in_short(&acceleration.reason)
         ));
+    }
+}
+
+/// The first clause of a reason; `smolvm doctor` shows all of it.
+pub(crate) fn in_short(reason: &str) -> &str {
+    reason.split([';', '(']).next().unwrap_or(reason).trim_end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_cut_at_their_first_clause() {
+        assert_eq!(
+            in_short("it ended with X at `y` (suberror 1, data [1]); z"),
+            "it ended with X at `y`"
+        );
+        assert_eq!(in_short("no /dev/kvm"), "no /dev/kvm");
     }
 }

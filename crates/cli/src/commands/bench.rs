@@ -267,7 +267,7 @@ fn environment(engine: &Engine) -> Map<String, Value> {
         if found.kvm {
             "kvm".to_owned()
         } else {
-            format!("emulation ({})", found.reason)
+            format!("emulation ({})", prepare::in_short(&found.reason))
         }
     });
     let mut stamp = Map::new();
