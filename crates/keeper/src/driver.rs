@@ -294,8 +294,11 @@ impl Driver {
 
     fn hear_hello(&mut self, frame: &Frame) -> Option<End> {
         let Phase::Booting { hello, .. } = &mut self.phase else {
-            // The agent lost its place in the stream and began anew; open streams are lost.
+            // The agent lost its place in the stream and began anew: it knows no stream any more.
             tracing::warn!("the guest's agent began anew");
+            for (client, frame) in self.routes.drop_all() {
+                self.tell(client, frame);
+            }
             return None;
         };
         if std::mem::replace(hello, true) {

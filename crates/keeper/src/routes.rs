@@ -157,6 +157,18 @@ impl Routes {
             .collect()
     }
 
+    /// Forgets every stream, because the guest has; the frames tell the clients.
+    pub(crate) fn drop_all(&mut self) -> Vec<(ClientId, Frame)> {
+        self.by_client.clear();
+        self.by_guest
+            .drain()
+            .map(|(_, route)| {
+                let reset = Frame::bare(route.stream, Kind::Reset, Channel::Input);
+                (route.client, reset)
+            })
+            .collect()
+    }
+
     fn close(&mut self, number: u32) {
         if let Some(route) = self.by_guest.remove(&number) {
             self.by_client.remove(&(route.client, route.stream));
@@ -206,6 +218,23 @@ mod tests {
             "the stream has ended"
         );
         assert_eq!(routes.drop_client(1).len(), 1);
+        assert!(routes.by_guest.is_empty() && routes.by_client.is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_begins_anew_ends_every_stream() {
+        let mut routes = Routes::new(2);
+        for (client, stream) in [(1, 5), (2, 5), (2, 6)] {
+            assert!(routes.from_client(client, open(stream)).is_some());
+        }
+        let mut told: Vec<_> = routes
+            .drop_all()
+            .into_iter()
+            .map(|(client, frame)| (client, frame.stream, frame.kind))
+            .collect();
+        told.sort_unstable_by_key(|(client, stream, _)| (*client, *stream));
+        let reset = Kind::Reset;
+        assert_eq!(told, [(1, 5, reset), (2, 5, reset), (2, 6, reset)]);
         assert!(routes.by_guest.is_empty() && routes.by_client.is_empty());
     }
 
