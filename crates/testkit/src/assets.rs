@@ -153,13 +153,13 @@ fn file_name(path: &Path) -> Result<&std::ffi::OsStr> {
     path.file_name().context("a path without a name")
 }
 
-/// The target directory: the one that holds cargo's tag.
+/// The target directory: the outermost with cargo's tag, since each target in it has one too.
 fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
-    match exe
+    let tagged = exe
         .ancestors()
-        .find(|dir| dir.join("CACHEDIR.TAG").is_file())
-    {
+        .filter(|dir| dir.join("CACHEDIR.TAG").is_file());
+    match tagged.last() {
         Some(dir) => Ok(dir.to_owned()),
         None => bail!(
             "{} is in no target directory; set SMOLVM_TEST_DATA",

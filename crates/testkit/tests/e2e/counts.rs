@@ -6,14 +6,23 @@ use std::path::Path;
 
 use smolvm_testkit::{Home, Invocation, Running};
 
-/// `smolvm` under strace(1), which writes the system calls named by `what` to `log`.
-fn traced(home: &Home, what: &str, log: &Path, args: &[&str]) -> Running {
+/// strace(1).
+///
+/// # Panics
+///
+/// If it is not there.
+pub(crate) fn strace() -> Invocation {
     assert!(
         std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
             .any(|dir| dir.join("strace").is_file()),
-        "this test counts processes with strace; install Debian's package `strace`"
+        "this test watches system calls with strace; install Debian's package `strace`"
     );
     Invocation::new("strace")
+}
+
+/// `smolvm` under strace(1), which writes the system calls named by `what` to `log`.
+fn traced(home: &Home, what: &str, log: &Path, args: &[&str]) -> Running {
+    strace()
         .args([
             "--follow-forks",
             "--seccomp-bpf",
@@ -91,6 +100,9 @@ fn commands_that_only_look_start_no_process() {
 #[test]
 fn a_sandbox_is_a_keeper_and_a_machine_and_a_command_in_it_is_no_process_here() {
     let home = Home::new(1);
+    // The empty disk of each size is made once, for all sandboxes after.
+    home.create("first", &[]);
+    home.rm(&["first"]);
     let create_log = home.scratch().join("create");
     let exec_log = home.scratch().join("exec");
     let create = traced(&home, "process", &create_log, &["create", "--name", "box"]);

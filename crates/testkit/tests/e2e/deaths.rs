@@ -1,8 +1,12 @@
 //! Any process may die at any moment: nothing is lost that was on the disk, and the next command
 //! tells the truth.
 
+use std::path::Path;
+
 use rustix::process::Signal;
 use smolvm_testkit::{Entries, Home, processes_mentioning};
+
+use crate::counts::strace;
 
 #[test]
 fn a_killed_run_takes_its_sandbox_with_it() {
@@ -154,6 +158,30 @@ fn a_sandbox_whose_create_was_killed_can_be_deleted_and_its_name_used_again() {
         home.rm(&["box"]);
         home.is_clean();
     }
+}
+
+#[test]
+fn a_start_killed_while_it_copies_the_disk_leaves_a_sandbox_that_starts() {
+    let home = Home::new(1);
+    home.smolvm(["create", "--no-start", "--name", "box"])
+        .run()
+        .ok();
+    // Killed at the first extent: the file is there, and empty. Where the file system clones files
+    // there is no copy, and nothing to be cut short.
+    strace()
+        .args(["--quiet=all", "--output=/dev/null"])
+        .args(["--trace=copy_file_range"])
+        .args(["--inject=copy_file_range:signal=KILL:when=1"])
+        .args([
+            &home.binaries().smolvm(),
+            Path::new("--data-dir"),
+            home.data(),
+        ])
+        .args(["start", "box"])
+        .run();
+    home.smolvm(["start", "box"]).run().ok();
+    assert_eq!(home.sh("box", "echo works"), "works\n");
+    home.rm(&["box"]);
 }
 
 #[test]

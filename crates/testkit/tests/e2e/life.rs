@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use smolvm_testkit::{Home, processes_mentioning};
+use smolvm_testkit::{Entries, Home, processes_mentioning};
 
 #[test]
 fn a_sandbox_keeps_its_files_over_stop_and_start_and_leaves_nothing_when_deleted() {
@@ -101,4 +101,17 @@ fn generated_names_differ_even_when_made_at_once() {
         .expect(1)
         .complains_of(&["--force"]);
     home.smolvm(["rm", "--all", "--force"]).run().ok();
+}
+
+#[test]
+fn a_command_given_while_the_sandbox_starts_runs_when_it_is_ready() {
+    let home = Home::new(1);
+    let sandboxes = Entries::watch(&home.data().join("sandboxes"));
+    let create = home.smolvm(["create", "--name", "box"]).spawn();
+    let dir = sandboxes.wait_for("the sandbox's directory", |_| true);
+    // Whoever starts it takes its lock first.
+    Entries::watch(&dir).wait_for("lock", |name| name == "lock");
+    assert_eq!(home.exec("box", &["echo", "ready"]).ok().out(), "ready\n");
+    create.wait().ok();
+    home.rm(&["box"]);
 }

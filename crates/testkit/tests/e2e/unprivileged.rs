@@ -1,6 +1,7 @@
 //! Everything works without any privilege.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use smolvm_testkit::Home;
@@ -57,16 +58,21 @@ fn an_ordinary_user_can_do_everything() {
     home.rm(&["box"]);
     home.is_clean();
 
-    // A directory that belongs to somebody else.
-    if rustix::process::geteuid().is_root() {
-        let refused = home
-            .smolvm_in(Path::new("/root/smolvm"), ["--json", "create"])
-            .run()
-            .expect(1);
-        assert_eq!(
-            refused.json()["error"]["details"]["kind"],
-            "permission_denied",
-            "{refused}"
-        );
-    }
+    let closed = here.join("closed");
+    fs::create_dir(&closed).expect("a directory");
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).expect("a mode");
+    let refused = home
+        .smolvm_in(&closed.join("data"), ["--json", "ls"])
+        .run()
+        .ok();
+    assert_eq!(refused.json()["data"]["vms"], serde_json::json!([]));
+    let refused = home
+        .smolvm_in(&closed.join("data"), ["--json", "create"])
+        .run()
+        .expect(1);
+    assert_eq!(
+        refused.json()["error"]["details"]["kind"],
+        "permission_denied",
+        "{refused}"
+    );
 }
