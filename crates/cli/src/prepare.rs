@@ -69,7 +69,7 @@ pub(crate) async fn image(
     image: &str,
     kernel: Option<PathBuf>,
 ) -> Result<Timed, CliError> {
-    let missing = engine.missing_assets(image)?;
+    let missing = engine.missing_assets(image, kernel.is_some())?;
     if missing.is_empty() && kernel.is_none() {
         return Ok(Timed::new());
     }

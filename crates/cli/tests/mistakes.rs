@@ -350,7 +350,6 @@ fn sandboxes_that_are_not_there() {
 }
 
 #[test]
-#[ignore = "smolvm-host searches /usr/bin whatever SMOLVM_PROGRAM_PATH says"]
 fn a_host_without_our_programs() {
     let home = Home::new();
     let output = home
@@ -362,7 +361,7 @@ fn a_host_without_our_programs() {
     let checks = answer["data"]["checks"].as_array().expect("checks");
     let qemu = checks
         .iter()
-        .find(|check| check["name"] == "qemu")
+        .find(|check| check["name"] == "qemu-system-x86_64")
         .expect("a check of QEMU");
     assert_eq!(qemu["status"], "fail", "{qemu}");
     assert!(qemu["fix"].is_string(), "{qemu}");
@@ -395,27 +394,29 @@ fn a_data_directory_that_cannot_be_made() {
         --- stderr
         error: could not look for the state database [HOME]/file/data/state.db
         caused by: Not a directory (os error 20)
-        --- exit 1
+        hint: choose another directory with --data-dir or SMOLVM_DATA_DIR
+        --- exit 2
     ");
     insta::assert_snapshot!(home.run(&["run", "--data-dir", dir, "--json", "true"]), @r#"
         $ smolvm run --data-dir [HOME]/file/data --json true
         {
           "ok": false,
           "command": "run",
-          "exit_code": 125,
+          "exit_code": 2,
           "data": null,
           "error": {
-            "code": "runtime_error",
+            "code": "invalid_input",
             "message": "could not look for the state database [HOME]/file/data/state.db",
+            "recovery": "choose another directory with --data-dir or SMOLVM_DATA_DIR",
             "details": {
-              "kind": "internal",
+              "kind": "invalid_input",
               "causes": [
                 "Not a directory (os error 20)"
               ]
             }
           }
         }
-        --- exit 125
+        --- exit 2
     "#);
 }
 

@@ -93,7 +93,7 @@ impl Assets<'_> {
     /// Takes over a kernel file and returns its key. The key follows from the file's identity, so
     /// the same unchanged file is taken over once.
     pub(crate) fn import_kernel(&self, file: &Path) -> Result<String> {
-        let key = format!("file-{:016x}", stamp(file)?);
+        let key = format!("file-{:016x}", stamp("kernel", file)?);
         let _turn = self.turn("kernel", &mut |_: &Progress| {})?;
         if self.kernel(&key)?.is_none() {
             import_kernel(self.os, file, &self.layout.kernels().join(&key))?;
@@ -105,7 +105,7 @@ impl Assets<'_> {
     pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
         let path = kernel
             .dir
-            .join(format!("initramfs-{:016x}.cpio", stamp(agent)?));
+            .join(format!("initramfs-{:016x}.cpio", stamp("agent", agent)?));
         if !path.exists() {
             write_initramfs(
                 self.os,
@@ -170,7 +170,7 @@ impl Assets<'_> {
             digest: image.manifest.digest,
             size_bytes: image.manifest.size,
             created_at: now,
-            source: image.manifest.source,
+            source: "built from Debian packages on this host".to_owned(),
         })
     }
 
@@ -231,8 +231,8 @@ pub(crate) fn unknown_image(name: &str) -> Error {
 }
 
 /// Identity of a file's content without reading it: where it is, how long, and when it last changed.
-fn stamp(path: &Path) -> Result<u64> {
-    let doing = || format!("could not look at {}", path.display());
+fn stamp(what: &str, path: &Path) -> Result<u64> {
+    let doing = || format!("could not look at the {what} {}", path.display());
     let path = path.canonicalize().map_err(|error| io(doing(), error))?;
     let metadata = std::fs::metadata(&path).map_err(|error| io(doing(), error))?;
     let mut hasher = DefaultHasher::new();

@@ -3,7 +3,7 @@
 use crate::engine::Engine;
 use crate::facts;
 use crate::spec::DEFAULT_IMAGE;
-use crate::store::Store;
+use crate::store::{OTHER_DIRECTORY, Store};
 
 /// One check of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,21 +33,29 @@ pub enum CheckStatus {
 /// everything that building it needs.
 const FREE_BYTES_MIN: u64 = 2 << 30;
 
+#[derive(Debug, Default)]
+struct Report {
+    checks: Vec<Check>,
+}
+
+impl Report {
+    fn add(&mut self, name: &str, status: CheckStatus, detail: String, fix: Option<String>) {
+        self.checks.push(Check {
+            name: name.to_owned(),
+            status,
+            detail,
+            fix,
+        });
+    }
+}
+
 impl Engine {
     /// Checks this host. Makes nothing on disk.
     #[must_use]
     pub fn doctor(&self) -> Vec<Check> {
-        let mut checks = Vec::new();
-        let mut add = |name: &str, status, detail: String, fix: Option<String>| {
-            checks.push(Check {
-                name: name.to_owned(),
-                status,
-                detail,
-                fix,
-            });
-        };
+        let mut report = Report::default();
         for missing in self.missing_packages() {
-            add(
+            report.add(
                 &missing.program,
                 CheckStatus::Fail,
                 format!("not found; needed to {}", missing.why),
@@ -59,9 +67,9 @@ impl Engine {
             ("agent", &self.config().agent),
         ] {
             if path.is_file() {
-                add(name, CheckStatus::Pass, path.display().to_string(), None);
+                report.add(name, CheckStatus::Pass, path.display().to_string(), None);
             } else {
-                add(
+                report.add(
                     name,
                     CheckStatus::Fail,
                     format!("{} is not there", path.display()),
@@ -70,11 +78,11 @@ impl Engine {
             }
         }
         if let Ok(qemu) = self.programs().find("qemu-system-x86_64") {
-            add("qemu", CheckStatus::Pass, qemu.display().to_string(), None);
+            report.add("qemu-system-x86_64", CheckStatus::Pass, qemu.display().to_string(), None);
         }
         match facts::look(self.config().accel) {
-            Ok(found) if found.kvm => add("kvm", CheckStatus::Pass, found.reason, None),
-            Ok(found) => add(
+            Ok(found) if found.kvm => report.add("kvm", CheckStatus::Pass, found.reason, None),
+            Ok(found) => report.add(
                 "kvm",
                 CheckStatus::Warn,
                 format!(
@@ -83,22 +91,22 @@ impl Engine {
                 ),
                 Some("use a host whose /dev/kvm works for this user".to_owned()),
             ),
-            Err(error) => add(
+            Err(error) => report.add(
                 "kvm",
                 CheckStatus::Fail,
                 error.to_string(),
                 error.hint_text().map(str::to_owned),
             ),
         }
-        self.check_data(&mut add);
-        checks
+        self.check_data(&mut report);
+        report.checks
     }
 
-    fn check_data(&self, add: &mut dyn FnMut(&str, CheckStatus, String, Option<String>)) {
+    fn check_data(&self, report: &mut Report) {
         let root = &self.config().data_dir;
         // The nearest directory that is there tells whether the rest can be made.
         let Some(nearest) = root.ancestors().find(|path| path.exists()) else {
-            return add(
+            return report.add(
                 "data",
                 CheckStatus::Fail,
                 format!("{} cannot be made", root.display()),
@@ -108,15 +116,15 @@ impl Engine {
         let writable =
             rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK).is_ok() && nearest.is_dir();
         if !writable {
-            return add(
+            return report.add(
                 "data",
                 CheckStatus::Fail,
                 format!("{} cannot be written", nearest.display()),
-                Some("choose another directory with --data-dir or SMOLVM_DATA_DIR".to_owned()),
+                Some(OTHER_DIRECTORY.to_owned()),
             );
         }
         match rustix::fs::statvfs(nearest) {
-            Ok(stat) if stat.f_bavail.saturating_mul(stat.f_frsize) < FREE_BYTES_MIN => add(
+            Ok(stat) if stat.f_bavail.saturating_mul(stat.f_frsize) < FREE_BYTES_MIN => report.add(
                 "data",
                 CheckStatus::Warn,
                 format!(
@@ -126,12 +134,12 @@ impl Engine {
                 ),
                 Some("free some space, or choose another directory with --data-dir".to_owned()),
             ),
-            _ => add("data", CheckStatus::Pass, root.display().to_string(), None),
+            _ => report.add("data", CheckStatus::Pass, root.display().to_string(), None),
         }
         match Store::open_existing(&crate::layout::Layout::new(root.clone()).database()) {
             Ok(_) => {}
             Err(error) => {
-                return add(
+                return report.add(
                     "state",
                     CheckStatus::Fail,
                     error.to_string(),
@@ -139,22 +147,22 @@ impl Engine {
                 );
             }
         }
-        match self.missing_assets(DEFAULT_IMAGE) {
+        match self.missing_assets(DEFAULT_IMAGE, false) {
             Ok(missing) if missing.is_empty() => {
-                add(
+                report.add(
                     "image",
                     CheckStatus::Pass,
                     format!("{DEFAULT_IMAGE} and its kernel are ready"),
                     None,
                 );
             }
-            Ok(missing) => add(
+            Ok(missing) => report.add(
                 "image",
                 CheckStatus::Warn,
                 format!("not prepared yet: {}", missing.join(", ")),
                 Some("smolvm setup".to_owned()),
             ),
-            Err(error) => add(
+            Err(error) => report.add(
                 "image",
                 CheckStatus::Fail,
                 error.to_string(),

@@ -24,7 +24,7 @@ use crate::names;
 use crate::plan::{self, HostFacts, Layer};
 use crate::session::Session;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
-use crate::store::{ImageRow, SandboxRow, State, Store};
+use crate::store::{ImageRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 
 /// The library's entry. Cheap to clone; touches nothing on disk until something is written.
@@ -194,9 +194,7 @@ impl Engine {
     /// The store, made with its directories if it is not there.
     fn store(&self) -> Result<Store> {
         let root = self.layout().root();
-        let unusable = |error: smolvm_host::HostError| {
-            Error::from(error).hint("choose another directory with --data-dir or SMOLVM_DATA_DIR")
-        };
+        let unusable = |error: smolvm_host::HostError| Error::from(error).hint(OTHER_DIRECTORY);
         self.os()
             .create_dir_all("make the data directory", root)
             .map_err(unusable)?;
@@ -334,13 +332,21 @@ impl Engine {
 
     // ---- what is needed ----
 
-    /// What `image` still needs before a sandbox can start from it; empty if nothing.
-    pub fn missing_assets(&self, image: &str) -> Result<Vec<String>> {
+    /// What `image` still needs before a sandbox can start from it; empty if nothing. With a kernel
+    /// file of the caller's the distribution's is not needed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for an image that is not there and cannot be made.
+    pub fn missing_assets(&self, image: &str, own_kernel: bool) -> Result<Vec<String>> {
         let mut missing = Vec::new();
-        if self.assets().kernel(STOCK_KERNEL)?.is_none() {
+        if !own_kernel && self.assets().kernel(STOCK_KERNEL)?.is_none() {
             missing.push("kernel".to_owned());
         }
         if self.images()?.iter().all(|known| known.name != image) {
+            if image != crate::spec::DEFAULT_IMAGE {
+                return Err(unknown_image(image));
+            }
             missing.push(format!("image {image}"));
         }
         Ok(missing)

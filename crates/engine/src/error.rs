@@ -129,6 +129,7 @@ pub(crate) fn io_kind(error: &std::io::Error) -> ErrorKind {
         Io::NotFound => ErrorKind::NotFound,
         Io::AlreadyExists => ErrorKind::AlreadyExists,
         Io::TimedOut => ErrorKind::Timeout,
+        Io::NotADirectory | Io::IsADirectory | Io::InvalidFilename => ErrorKind::InvalidInput,
         _ => ErrorKind::Internal,
     }
 }

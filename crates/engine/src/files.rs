@@ -42,13 +42,35 @@ impl Default for CopyOptions {
 pub struct Copied {
     /// Files, directories and links.
     pub files: u64,
-    /// Bytes of the stream, holes of sparse files left out.
+    /// Bytes of the files' content, holes of sparse files included.
     pub bytes: u64,
     /// Where the file or tree is now.
     pub target: String,
 }
 
-/// Told of bytes so far, and in all where that is known.
+/// What a packing or unpacking thread has done.
+#[derive(Debug, Default)]
+struct Tally {
+    files: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Tally {
+    fn add(&self, bytes: u64) {
+        self.files.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn copied(&self, target: String) -> Copied {
+        Copied {
+            files: self.files.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            target,
+        }
+    }
+}
+
+/// Told of bytes on the way so far, and of the file's size where it is one file.
 pub type CopyProgress<'a> = &'a mut (dyn FnMut(u64, Option<u64>) + Send);
 
 impl Session {
@@ -77,7 +99,7 @@ impl Session {
             let (parent, name) = split_guest(guest)?;
             (parent.to_owned(), OsString::from(name))
         };
-        let total = metadata.is_file().then(|| metadata.len());
+        let total = metadata.is_file().then_some(metadata.len());
 
         let mut stream = self.client.open(&Request::Extract(ExtractRequest {
             directory: directory.clone().into_bytes().into(),
@@ -86,10 +108,10 @@ impl Session {
         }))?;
         let input = stream.input();
         let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
-        let files = Arc::new(AtomicU64::new(0));
+        let tally = Arc::new(Tally::default());
         let packer = tokio::task::spawn_blocking({
-            let (local, name, files) = (local.to_owned(), name.clone(), Arc::clone(&files));
-            move || pack(&local, &name, sender, &files)
+            let (local, name, tally) = (local.to_owned(), name.clone(), Arc::clone(&tally));
+            move || pack(&local, &name, sender, &tally)
         });
         let mut bytes = 0;
         let send = async {
@@ -120,11 +142,7 @@ impl Session {
         // If the packing fails, the stream is dropped and the guest stops; if the guest refuses,
         // the queue is dropped and the packing stops.
         tokio::try_join!(send, answer)?;
-        Ok(Copied {
-            files: files.load(Ordering::Relaxed),
-            bytes,
-            target: join_guest(&directory, &name),
-        })
+        Ok(tally.copied(join_guest(&directory, &name)))
     }
 
     /// Copies a file or tree out of the guest, with modes, times and holes; it belongs to the caller.
@@ -173,9 +191,10 @@ impl Session {
             follow: true,
         }))?;
         let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let tally = Arc::new(Tally::default());
         let unpacker = tokio::task::spawn_blocking({
-            let target = target.clone();
-            move || unpack(PieceReader::new(pieces), &parent, &target)
+            let (target, tally) = (target.clone(), Arc::clone(&tally));
+            move || unpack(PieceReader::new(pieces), &parent, &target, &tally)
         });
         let mut bytes = 0;
         let mut sender = Some(sender);
@@ -209,11 +228,8 @@ impl Session {
             .await
             .map_err(|panic| Error::new(ErrorKind::Internal, "unpacking failed").because(panic))?;
         received?;
-        Ok(Copied {
-            files: unpacked?,
-            bytes,
-            target: target.display().to_string(),
-        })
+        unpacked?;
+        Ok(tally.copied(target.display().to_string()))
     }
 
     async fn is_directory(&self, guest: &str) -> Result<bool> {
@@ -279,12 +295,7 @@ fn base_name(local: &Path) -> Result<OsString> {
 }
 
 /// Writes a tar stream of `local`, named `name`, into the queue.
-fn pack(
-    local: &Path,
-    name: &OsStr,
-    sender: mpsc::Sender<Vec<u8>>,
-    files: &AtomicU64,
-) -> Result<()> {
+fn pack(local: &Path, name: &OsStr, sender: mpsc::Sender<Vec<u8>>, tally: &Tally) -> Result<()> {
     let queue = PieceWriter {
         sender,
         piece: Vec::with_capacity(PIECE_BYTES),
@@ -320,7 +331,7 @@ fn pack(
             // A socket or device means nothing in another machine.
             continue;
         }
-        files.fetch_add(1, Ordering::Relaxed);
+        tally.add(if kind.is_file() { metadata.len() } else { 0 });
     }
     builder
         .into_inner()
@@ -329,12 +340,11 @@ fn pack(
 }
 
 /// Unpacks a tar stream whose entries lie below one name, and puts that at `target` in `parent`.
-fn unpack(mut reader: PieceReader, parent: &Path, target: &Path) -> Result<u64> {
+fn unpack(mut reader: PieceReader, parent: &Path, target: &Path, tally: &Tally) -> Result<()> {
     let failed =
         |error: io::Error| io_error(format!("could not write {}", target.display()), error);
     // Unpacked beside the target and renamed, so that the target appears whole.
     let staging = tempdir_in(parent).map_err(failed)?;
-    let mut files = 0;
     let mut archive = tar::Archive::new(&mut reader);
     // Bits above the permissions, such as set-user-id, do not leave the sandbox.
     archive.set_preserve_permissions(false);
@@ -351,17 +361,17 @@ fn unpack(mut reader: PieceReader, parent: &Path, target: &Path) -> Result<u64> 
         {
             continue;
         }
+        let size = entry.size();
         if entry.unpack_in(&staging.path).map_err(failed)? {
-            files += 1;
+            tally.add(size);
         }
     }
-    drop(archive);
     reader.finish().map_err(failed)?;
     for entry in std::fs::read_dir(&staging.path).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         put(&entry.path(), target).map_err(failed)?;
     }
-    Ok(files)
+    Ok(())
 }
 
 /// Moves a file or tree to `target`, into a directory that is there already entry by entry.
@@ -536,7 +546,12 @@ mod tests {
             ("t/link", EntryType::Symlink, "../../../outside"),
             ("t/link/c", EntryType::Regular, "x"),
         ]);
-        let outcome = unpack(pieces(&bytes, true), &parent, &parent.join("t"));
+        let outcome = unpack(
+            pieces(&bytes, true),
+            &parent,
+            &parent.join("t"),
+            &Tally::default(),
+        );
         assert!(outcome.is_err(), "{outcome:?}");
         assert_eq!(std::fs::read_dir(&outside).expect("outside").count(), 0);
         assert_eq!(std::fs::read_dir(&parent).expect("parent").count(), 0);
@@ -548,17 +563,21 @@ mod tests {
         let text = "y".repeat(10_000);
         let bytes = archive(&[("f", tar::EntryType::Regular, &text)]);
         for (cut, whole) in [(3000, false), (bytes.len(), false), (3000, true)] {
+            let target = dir.path().join("f");
             let outcome = unpack(
                 pieces(&bytes[..cut], whole),
                 dir.path(),
-                &dir.path().join("f"),
+                &target,
+                &Tally::default(),
             );
             assert!(outcome.is_err(), "cut at {cut}");
             assert_eq!(std::fs::read_dir(dir.path()).expect("entries").count(), 0);
         }
-        let files = unpack(pieces(&bytes, true), dir.path(), &dir.path().join("g")).expect("whole");
-        assert_eq!(files, 1);
         let target = dir.path().join("g");
+        let tally = Tally::default();
+        unpack(pieces(&bytes, true), dir.path(), &target, &tally).expect("whole");
+        let copied = tally.copied(String::new());
+        assert_eq!((copied.files, copied.bytes), (1, 10_000));
         assert_eq!(std::fs::read_to_string(&target).expect("text"), text);
         let mode = std::os::unix::fs::PermissionsExt::mode(
             &std::fs::metadata(&target).expect("metadata").permissions(),

@@ -230,7 +230,10 @@ mod tests {
         ] {
             std::fs::write(&script, format!("#!/bin/sh\necho '{says}' >&2\nexit 100\n")).unwrap();
             std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
-            let programs = Programs::new([dir.path().to_owned()]);
+            let programs = Programs::new(
+                std::iter::once(dir.path().to_owned())
+                    .chain(crate::packages::SYSTEM_DIRS.map(Into::into)),
+            );
             let cancel = Cancel::new().unwrap();
             let mut report = |_| {};
             let mut meter = Meter::new(&[], &mut report);

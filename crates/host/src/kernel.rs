@@ -457,7 +457,9 @@ mod tests {
             .unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        Programs::new([dir.to_owned()])
+        Programs::new(
+            std::iter::once(dir.to_owned()).chain(crate::packages::SYSTEM_DIRS.map(Into::into)),
+        )
     }
 
     #[test]

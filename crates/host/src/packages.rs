@@ -65,9 +65,9 @@ pub const PROGRAMS: &[Program] = &[
     },
 ];
 
-/// Directories searched after the caller's: an ordinary user's `PATH` lacks them, while mke2fs and
+/// Where distributions put programs. An ordinary user's `PATH` lacks the first two, while mke2fs and
 /// others live there.
-const SYSTEM_DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+pub const SYSTEM_DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// Where programs are looked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,26 +87,16 @@ pub struct Missing {
 }
 
 impl Programs {
-    /// Looks in `dirs` in order (the parts of a `PATH`), then in `/usr/sbin`, `/sbin`, `/usr/bin`
-    /// and `/bin`. Relative parts are ignored: they would mean something else in each directory.
+    /// Looks in `dirs` in order (the parts of a `PATH`). Relative parts are ignored: they would mean something else in each directory.
     #[must_use]
     pub fn new(dirs: impl IntoIterator<Item = PathBuf>) -> Self {
         let mut unique: Vec<PathBuf> = Vec::new();
-        for dir in dirs
-            .into_iter()
-            .chain(SYSTEM_DIRS.iter().map(PathBuf::from))
-        {
+        for dir in dirs {
             if dir.is_absolute() && !unique.contains(&dir) {
                 unique.push(dir);
             }
         }
         Self { dirs: unique }
-    }
-
-    /// Looks in exactly `dirs`.
-    #[cfg(test)]
-    fn only(dirs: Vec<PathBuf>) -> Self {
-        Self { dirs }
     }
 
     /// The directories, in the order of the search.
@@ -212,7 +202,7 @@ mod tests {
         }
         // Present but not executable is missing.
         fs::write(dir.path().join("newuidmap"), "").unwrap();
-        let programs = Programs::only(vec![dir.path().to_owned()]);
+        let programs = Programs::new(vec![dir.path().to_owned()]);
         let packages =
             |user| -> Vec<_> { programs.missing(user).iter().map(|m| m.package).collect() };
         assert_eq!(packages(false), ["qemu-system-x86"]);

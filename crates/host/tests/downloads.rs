@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use smolvm_host::image::{BuildRequest, Image, build_default_image};
 use smolvm_host::kernel::{Kernel, MODULES, fetch_kernel};
+use smolvm_host::packages::SYSTEM_DIRS;
 use smolvm_host::{Cancel, Os, Programs, Progress};
 
 fn check_progress(seen: &[Progress]) {
@@ -21,7 +22,7 @@ fn the_distributions_kernel() {
     let os = Os::new();
     let kernel = fetch_kernel(
         &os,
-        &Programs::new([PathBuf::from("/usr/bin")]),
+        &Programs::new(SYSTEM_DIRS.map(PathBuf::from)),
         &dest,
         MODULES,
         &Cancel::new().unwrap(),
@@ -64,7 +65,7 @@ fn the_default_image() {
     let os = Os::new();
     let image = build_default_image(
         &os,
-        &Programs::new([PathBuf::from("/usr/bin")]),
+        &Programs::new(SYSTEM_DIRS.map(PathBuf::from)),
         &request,
         &dest,
         &Cancel::new().unwrap(),

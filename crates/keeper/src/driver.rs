@@ -278,7 +278,7 @@ impl Driver {
             (SHUTDOWN_STREAM, Kind::Event) => matches!(self.phase, Phase::Stopping { .. })
                 .then_some(End::Stopped { forced: false }),
             _ => {
-                match self.routes.from_guest(frame) {
+                match self.routes.route_out(frame) {
                     FromGuest::Deliver(client, frame) => self.tell(client, frame),
                     FromGuest::Drop => {}
                     FromGuest::Cut(client, to_client, to_guest) => {
@@ -405,7 +405,7 @@ impl Driver {
             self.answer(waiter, &KeeperEvent::Ready(ready.clone()));
         }
         for (client, frame) in std::mem::take(&mut self.early) {
-            if let Some(frame) = self.routes.from_client(client, frame) {
+            if let Some(frame) = self.routes.route_in(client, frame) {
                 self.guest.send(frame);
             }
         }
@@ -418,7 +418,7 @@ impl Driver {
                 if self.early.len() < EARLY_FRAMES_MAX {
                     self.early.push((client, frame));
                 }
-            } else if let Some(frame) = self.routes.from_client(client, frame) {
+            } else if let Some(frame) = self.routes.route_in(client, frame) {
                 self.guest.send(frame);
             }
             return None;

@@ -54,7 +54,7 @@ impl Routes {
 
     /// Translates a client's frame for the guest, opening a route for one that opens a stream.
     /// `None` if it belongs to no open stream.
-    pub(crate) fn from_client(&mut self, client: ClientId, mut frame: Frame) -> Option<Frame> {
+    pub(crate) fn route_in(&mut self, client: ClientId, mut frame: Frame) -> Option<Frame> {
         let key = (client, frame.stream);
         match frame.kind {
             Kind::Open => {
@@ -95,7 +95,7 @@ impl Routes {
     }
 
     /// Translates a frame of the guest for the client that waits for it.
-    pub(crate) fn from_guest(&mut self, mut frame: Frame) -> FromGuest {
+    pub(crate) fn route_out(&mut self, mut frame: Frame) -> FromGuest {
         let number = frame.stream;
         let Some(route) = self.by_guest.get_mut(&number) else {
             return FromGuest::Drop;
@@ -198,22 +198,18 @@ mod tests {
     #[test]
     fn two_clients_may_use_the_same_number() {
         let mut routes = Routes::new(2);
-        let first = routes.from_client(1, open(1)).expect("opened").stream;
-        let second = routes.from_client(2, open(1)).expect("opened").stream;
+        let first = routes.route_in(1, open(1)).expect("opened").stream;
+        let second = routes.route_in(2, open(1)).expect("opened").stream;
         assert_ne!(first, second);
-        assert_eq!(
-            routes.from_client(1, open(1)),
-            None,
-            "a number is used once"
-        );
+        assert_eq!(routes.route_in(1, open(1)), None, "a number is used once");
         let done = Frame::message(second, Kind::Event, &Event::Done);
         let expected = Frame::message(1, Kind::Event, &Event::Done);
         assert_eq!(
-            routes.from_guest(done.clone()),
+            routes.route_out(done.clone()),
             FromGuest::Deliver(2, expected)
         );
         assert_eq!(
-            routes.from_guest(done),
+            routes.route_out(done),
             FromGuest::Drop,
             "the stream has ended"
         );
@@ -225,7 +221,7 @@ mod tests {
     fn a_guest_that_begins_anew_ends_every_stream() {
         let mut routes = Routes::new(2);
         for (client, stream) in [(1, 5), (2, 5), (2, 6)] {
-            assert!(routes.from_client(client, open(stream)).is_some());
+            assert!(routes.route_in(client, open(stream)).is_some());
         }
         let mut told: Vec<_> = routes
             .drop_all()
@@ -241,7 +237,7 @@ mod tests {
     #[test]
     fn a_guest_that_ignores_the_window_is_cut_off() {
         let mut routes = Routes::new(2);
-        let number = routes.from_client(1, open(7)).expect("opened").stream;
+        let number = routes.route_in(1, open(7)).expect("opened").stream;
         let data = || {
             Frame::new(
                 number,
@@ -251,41 +247,35 @@ mod tests {
             )
         };
         for _ in 0..WINDOW_BYTES as usize / PAYLOAD_BYTES_MAX {
-            assert!(matches!(
-                routes.from_guest(data()),
-                FromGuest::Deliver(1, _)
-            ));
+            assert!(matches!(routes.route_out(data()), FromGuest::Deliver(1, _)));
         }
         let half = u32::try_from(PAYLOAD_BYTES_MAX).expect("small");
         assert!(
             routes
-                .from_client(1, Frame::credit(7, Channel::Output, half))
+                .route_in(1, Frame::credit(7, Channel::Output, half))
                 .is_some()
         );
-        assert!(matches!(
-            routes.from_guest(data()),
-            FromGuest::Deliver(1, _)
-        ));
-        match routes.from_guest(data()) {
+        assert!(matches!(routes.route_out(data()), FromGuest::Deliver(1, _)));
+        match routes.route_out(data()) {
             FromGuest::Cut(1, client, guest) => {
                 assert_eq!((client.stream, client.kind), (7, Kind::Reset));
                 assert_eq!((guest.stream, guest.kind), (number, Kind::Reset));
             }
             other => panic!("{other:?}"),
         }
-        assert_eq!(routes.from_guest(data()), FromGuest::Drop);
+        assert_eq!(routes.route_out(data()), FromGuest::Drop);
     }
 
     #[test]
     fn a_guest_may_not_send_what_only_a_host_sends() {
         let mut routes = Routes::new(2);
-        let number = routes.from_client(1, open(7)).expect("opened").stream;
+        let number = routes.route_in(1, open(7)).expect("opened").stream;
         assert!(matches!(
-            routes.from_guest(open(number)),
+            routes.route_out(open(number)),
             FromGuest::Cut(1, ..)
         ));
-        let number = routes.from_client(1, open(8)).expect("opened").stream;
+        let number = routes.route_in(1, open(8)).expect("opened").stream;
         let garbage = Frame::new(number, Kind::Event, Channel::Input, vec![0xff; 9]);
-        assert!(matches!(routes.from_guest(garbage), FromGuest::Cut(1, ..)));
+        assert!(matches!(routes.route_out(garbage), FromGuest::Cut(1, ..)));
     }
 }

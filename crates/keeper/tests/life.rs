@@ -17,6 +17,7 @@ use smolvm_engine::{
 };
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Faults, Os};
+use smolvm_host::packages::SYSTEM_DIRS;
 
 /// A data directory with an image and a kernel that only the fake could boot.
 struct Home {
@@ -76,7 +77,9 @@ impl Home {
             data_dir: self.path("data dir"),
             keeper: built.join("examples/keeper-on-fake"),
             agent: self.path("bin/smolvm-agent"),
-            program_dirs: vec![self.path("bin")],
+            program_dirs: std::iter::once(self.path("bin"))
+                .chain(SYSTEM_DIRS.map(PathBuf::from))
+                .collect(),
             accel: AccelChoice::Emulation,
             boot_timeout: Duration::from_secs(20),
         }

@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let began = Instant::now();
     let engine = cx.engine(None)?;
     let packages = engine.missing_packages();
-    let assets = engine.missing_assets(&args.image)?;
+    let assets = engine.missing_assets(&args.image, false)?;
     for missing in &packages {
         cx.out.line(&format!(
             "missing: {} (package {}), {}",

@@ -23,6 +23,10 @@ const MIGRATIONS: &[&str] = &[include_str!("../../schema/0001_initial.sql")];
 /// How long a writer waits for another one. Transactions here take well under a millisecond.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What helps where the data directory cannot be used.
+pub(crate) const OTHER_DIRECTORY: &str =
+    "choose another directory with --data-dir or SMOLVM_DATA_DIR";
+
 /// An open database.
 #[derive(Debug)]
 pub struct Store {
@@ -51,7 +55,8 @@ impl Store {
             Err(error) => Err(crate::error::io(
                 format!("could not look for the state database {}", path.display()),
                 error,
-            )),
+            )
+            .hint(OTHER_DIRECTORY)),
         }
     }
 
