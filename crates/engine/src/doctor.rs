@@ -78,7 +78,12 @@ impl Engine {
             }
         }
         if let Ok(qemu) = self.programs().find("qemu-system-x86_64") {
-            report.add("qemu-system-x86_64", CheckStatus::Pass, qemu.display().to_string(), None);
+            report.add(
+                "qemu-system-x86_64",
+                CheckStatus::Pass,
+                qemu.display().to_string(),
+                None,
+            );
         }
         match facts::look(self.config().accel) {
             Ok(found) if found.kvm => report.add("kvm", CheckStatus::Pass, found.reason, None),

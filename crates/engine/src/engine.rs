@@ -475,7 +475,8 @@ impl Engine {
         Ok(self.describe(row))
     }
 
-    /// Starts a sandbox and waits until its guest serves. One that runs already is connected to.
+    /// Starts a sandbox and waits until its guest serves. One that runs already is connected to. An
+    /// ephemeral one does not outlive the process that starts it.
     ///
     /// # Errors
     ///
@@ -554,7 +555,7 @@ impl Engine {
             self.os()
                 .copy_sparse("make the sandbox's disk", &empty, &path)?;
         }
-        let plan = plan::plan(row, self.layout(), &facts);
+        let plan = plan::plan(row, self.layout(), &facts, &myself()?);
         let text = serde_json::to_vec(&plan).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
         })?;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
+use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Lock;
 use smolvm_vmm::VmPlan;
 
@@ -37,6 +38,8 @@ pub struct Launch {
     pub ttl_ms: Option<u64>,
     /// Whether the sandbox is destroyed as soon as it stops.
     pub ephemeral: bool,
+    /// For an ephemeral sandbox the process that starts it, which it does not outlive.
+    pub starter: Option<ProcessIdentity>,
     /// Milliseconds the guest may take from start to ready.
     pub boot_timeout_ms: u64,
 }

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use smolvm_host::ProcessIdentity;
 use smolvm_vmm::{Accel, DiskPlan, VmPlan};
 
 use crate::launch::Launch;
@@ -47,7 +48,12 @@ pub(crate) fn layer(row: &SandboxRow, layout: &Layout) -> Layer {
 }
 
 /// The launch of a sandbox on this host.
-pub(crate) fn plan(row: &SandboxRow, layout: &Layout, facts: &HostFacts) -> Launch {
+pub(crate) fn plan(
+    row: &SandboxRow,
+    layout: &Layout,
+    facts: &HostFacts,
+    starter: &ProcessIdentity,
+) -> Launch {
     let mut disks = vec![DiskPlan {
         path: layout.image(&row.image_digest).join("root.erofs"),
         read_only: true,
@@ -85,6 +91,7 @@ pub(crate) fn plan(row: &SandboxRow, layout: &Layout, facts: &HostFacts) -> Laun
         user: row.spec.user.clone(),
         ttl_ms: row.spec.ttl.map(millis),
         ephemeral: row.spec.ephemeral,
+        starter: row.spec.ephemeral.then(|| starter.clone()),
         boot_timeout_ms: millis(facts.boot_timeout),
     }
 }
@@ -93,6 +100,14 @@ pub(crate) fn plan(row: &SandboxRow, layout: &Layout, facts: &HostFacts) -> Laun
 mod tests {
     use super::*;
     use crate::store::rows::tests::row;
+
+    fn starter() -> ProcessIdentity {
+        ProcessIdentity {
+            pid: 1,
+            start_time_ticks: 1,
+            boot_id: "b".to_owned(),
+        }
+    }
 
     fn facts() -> HostFacts {
         HostFacts {
@@ -133,7 +148,7 @@ mod tests {
             ),
         ] {
             row.spec.disk_mode = mode;
-            let launch = plan(&row, &layout, &facts());
+            let launch = plan(&row, &layout, &facts(), &starter());
             let paths: Vec<_> = launch
                 .vm
                 .disks
@@ -153,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_launch_comes_back_as_it_was_written() {
-        let launch = plan(&row("a"), &Layout::new("/d".into()), &facts());
+        let launch = plan(&row("a"), &Layout::new("/d".into()), &facts(), &starter());
         let text = serde_json::to_string(&launch).expect("json");
         assert_eq!(serde_json::from_str::<Launch>(&text).expect("json"), launch);
         assert_eq!(launch.ttl_ms, Some(7000));

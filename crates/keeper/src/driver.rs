@@ -12,6 +12,7 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use rustix::event::{PollFd, PollFlags, poll};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{State, Store};
@@ -55,6 +56,8 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 enum Input {
     Guest(Option<Frame>),
     Client(ClientId, Option<Frame>),
+    /// The process that started an ephemeral sandbox has ended.
+    StarterGone,
 }
 
 #[derive(Debug)]
@@ -136,6 +139,10 @@ pub(crate) async fn run(
         .map_err(|error| KeeperError::io("listen for clients", error))?;
     let mut terminate = signal(SignalKind::terminate())
         .map_err(|error| KeeperError::io("listen for signals", error))?;
+
+    if let Some(starter) = &launch.starter {
+        watch_starter(starter, inbox.clone())?;
+    }
 
     // The guest boots while this is written.
     let mut store = Store::open(&layout.database())?;
@@ -258,6 +265,9 @@ impl Driver {
         match input {
             Input::Guest(Some(frame)) => self.hear_guest(frame),
             Input::Guest(None) => Some(End::Lost),
+            Input::StarterGone => Some(End::Destroy {
+                why: "the process that started it is gone",
+            }),
             Input::Client(client, Some(frame)) => self.hear_client(client, frame),
             Input::Client(client, None) => {
                 for frame in self.routes.drop_client(client) {
@@ -626,6 +636,25 @@ impl Driver {
             client.outgoing.send(frame);
         }
     }
+}
+
+/// Tells the driver when the starter ends, which may have happened already. On a thread of its own,
+/// which costs a page or two and ends with the process.
+fn watch_starter(starter: &ProcessIdentity, inbox: mpsc::Sender<Input>) -> Result<(), KeeperError> {
+    let pidfd = starter.open().map_err(smolvm_engine::Error::from)?;
+    std::thread::Builder::new()
+        .name("starter-watch".to_owned())
+        .stack_size(64 * 1024)
+        .spawn(move || {
+            if let Some(pidfd) = pidfd {
+                let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+                // It fails only without memory, and then the sandbox is better gone than for ever.
+                let _ = rustix::io::retry_on_intr(|| poll(&mut fds, None));
+            }
+            let _ = inbox.blocking_send(Input::StarterGone);
+        })
+        .map(|_| ())
+        .map_err(|error| KeeperError::io("watch the process that started the sandbox", error))
 }
 
 fn failure(message: String, console: Vec<String>) -> KeeperEvent {
