@@ -104,7 +104,9 @@ impl Assets {
         )?;
         let path = store.to_str().context("a path that is not text")?;
         source.execute("VACUUM INTO ?1", [path])?;
+        // The copy is not in WAL mode by itself, and the programs leave every store in it.
         let copy = Connection::open(&store)?;
+        copy.pragma_update(None, "journal_mode", "wal")?;
         copy.execute_batch("DELETE FROM sandboxes; DELETE FROM host_facts;")?;
 
         let mut private = std::fs::DirBuilder::new();

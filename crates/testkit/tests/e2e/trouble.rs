@@ -94,8 +94,8 @@ fn a_data_directory_that_cannot_be_made_is_named() {
     fs::write(&file, "").expect("a file");
     home.smolvm_in(&file.join("below"), ["run", "--", "true"])
         .run()
-        .expect(125)
-        .complains_of(&[file.to_str().expect("a path")]);
+        .expect(2)
+        .complains_of(&[file.to_str().expect("a path"), "--data-dir"]);
 }
 
 /// In a mount namespace of its own, with the data directory on a file system of `$1` bytes: tries to
