@@ -37,10 +37,9 @@ const COLUMNS: [(&str, &str); 9] = [
 ];
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let named = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    if args.name.is_empty() || !args.name.chars().all(named) {
-        bail!("a name is lower-case letters, digits and `-`");
-    }
+    run::check_name(&args.name)?;
+    // Before the build: what is committed while it runs is not measured.
+    let commit = run::commit();
     run::succeed(run::cargo().args(["build", "--release", "--locked"]).args([
         "-p",
         "smolvm-cli",
@@ -71,11 +70,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .stderr(Stdio::inherit()),
     )?;
     let lifecycle: Value = serde_json::from_str(&lifecycle).context("reading the benchmark")?;
-    let lifecycle = lifecycle
+    let mut lifecycle = lifecycle
         .get("data")
         .context("the benchmark gave no data")?
         .clone();
-    let environment = lifecycle.get("environment").cloned().unwrap_or(Value::Null);
+    let environment = lifecycle["environment"].take();
 
     let empty = tempfile::tempdir().context("making an empty data directory")?;
     let version = starts(&smolvm, empty.path(), &["--version"], args.spawns)?;
@@ -85,32 +84,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let data = json!({
         "environment": environment,
         "rustc": run::output(Command::new("rustc").arg("--version")).ok(),
-        "commit": commit(),
-        "load_average": std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().to_owned()),
+        "commit": commit,
+        "load_average": run::load_average(),
         "start_up": { "version": version, "ls_empty": list },
         "lifecycle": lifecycle,
     });
-    let path = run::root()
-        .join("benchmarks")
-        .join(format!("{}.json", args.name));
-    std::fs::create_dir_all(run::root().join("benchmarks")).context("making benchmarks/")?;
-    let mut text = serde_json::to_string_pretty(&data)?;
-    text.push('\n');
-    std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    run::say(&format!("\nwritten to benchmarks/{}.json", args.name));
-    Ok(())
-}
-
-/// What was measured: a commit, and whether files differed from it.
-fn commit() -> Option<String> {
-    let git = |args: &[&str]| run::output(Command::new("git").current_dir(run::root()).args(args));
-    let head = git(&["rev-parse", "--short", "HEAD"]).ok()?;
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).ok()?;
-    Some(if changed.is_empty() {
-        head
-    } else {
-        format!("{head}, changed")
-    })
+    run::record(&args.name, &data)
 }
 
 /// Starts the program often, from a parent that does nothing else, and gives milliseconds from

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
 /// Writes a line to standard output. Nobody is left to tell if that fails.
 pub(crate) fn say(line: &str) {
@@ -76,6 +77,46 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// What is measured: a commit, and whether files differ from it.
+pub(crate) fn commit() -> Option<String> {
+    let git = |args: &[&str]| output(Command::new("git").current_dir(root()).args(args));
+    let head = git(&["rev-parse", "--short", "HEAD"]).ok()?;
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).ok()?;
+    Some(if changed.is_empty() {
+        head
+    } else {
+        format!("{head}, changed")
+    })
+}
+
+/// How busy the machine is, as proc(5) has it.
+pub(crate) fn load_average() -> Option<String> {
+    std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+/// Whether `name` can name a file of measurements.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || !name.chars().all(fits) {
+        bail!("a name is lower-case letters, digits and `-`");
+    }
+    Ok(())
+}
+
+/// Writes measurements to `benchmarks/NAME.json`.
+pub(crate) fn record(name: &str, data: &Value) -> Result<()> {
+    let dir = root().join("benchmarks");
+    std::fs::create_dir_all(&dir).context("making benchmarks/")?;
+    let path = dir.join(format!("{name}.json"));
+    let mut text = serde_json::to_string_pretty(data)?;
+    text.push('\n');
+    std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    say(&format!("\nwritten to benchmarks/{name}.json"));
+    Ok(())
 }
 
 /// Runs a command with both its outputs in one pipe, and shows each line to `see` as it comes.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
+use serde_json::{Value, json};
 
 use crate::run;
 
@@ -37,6 +38,9 @@ pub(crate) struct Args {
     /// then no fresh machine any more
     #[arg(long)]
     reuse: bool,
+    /// Also write the seconds to benchmarks/NAME.json
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["dirty", "reuse"])]
+    record: Option<String>,
 }
 
 /// A command of the README.
@@ -74,6 +78,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if run::output(Command::new("id").arg("-u"))? != "0" {
         bail!("a clean room needs root, to mount file systems; run it with sudo");
     }
+    if let Some(name) = &args.record {
+        run::check_name(name)?;
+    }
+    let commit = run::output(Command::new("git").current_dir(run::root()).args([
+        "rev-parse",
+        "--short",
+        "HEAD",
+    ]))?;
+    let date = run::output(Command::new("date").arg("-uIs"))?;
     let begin = Instant::now();
     let room = Room::make(args)?;
     let mut done = vec![("make the room".to_owned(), begin.elapsed())];
@@ -105,10 +118,49 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         room.remove()?;
     }
     run::say(&format!("\nclean room, as {user}:"));
-    for (what, took) in done {
+    for (what, took) in &done {
         run::say(&format!("{:>8.1} s  {what}", took.as_secs_f64()));
     }
-    Ok(())
+    let Some(name) = &args.record else {
+        return Ok(());
+    };
+    let steps: Vec<_> = done
+        .iter()
+        .map(|(what, took)| json!({ "step": what, "seconds": took.as_secs_f64() }))
+        .collect();
+    let log = fs::read_to_string(Room::place().join("try-1.log")).unwrap_or_default();
+    run::record(
+        name,
+        &json!({
+            "commit": commit,
+            "date": date,
+            "user": user,
+            "cpu": cpu(),
+            "cores": std::thread::available_parallelism().ok().map(std::num::NonZero::get),
+            "load_average": run::load_average(),
+            "steps": steps,
+            "phases_of_try": phases(&log),
+        }),
+    )
+}
+
+/// The processor's name, as proc(5) has it.
+fn cpu() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    line.split_once(": ").map(|(_, name)| name.to_owned())
+}
+
+/// What `./try` says at its end of the phases it went through.
+fn phases(log: &str) -> Vec<Value> {
+    log.rsplit_once("==> done")
+        .map_or("", |(_, end)| end)
+        .lines()
+        .filter_map(|line| {
+            let (seconds, phase) = line.trim().split_once(" s  ")?;
+            Some(json!({ "phase": phase, "seconds": seconds.parse::<f64>().ok()? }))
+        })
+        .collect()
 }
 
 /// A directory that is a machine.
@@ -129,6 +181,9 @@ impl Room {
             root: place.join("root"),
             toolchain: run::output(Command::new("rustc").args(["--print", "sysroot"]))?,
         };
+        for log in ["try-1.log", "try-2.log", "test-1.log", "test-2.log"] {
+            let _ = fs::remove_file(place.join(log));
+        }
         if args.reuse && room.root.exists() {
             room.checkout(args.dirty)?;
             room.own(args)?;
