@@ -281,6 +281,20 @@ impl Engine {
         })
     }
 
+    /// A descriptor that becomes readable when the process that holds a sandbox ends; `None` if no
+    /// process does.
+    pub fn keeper_end(&self, name: &str) -> Result<Option<OwnedFd>> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        let row = self.row(&mut store, name)?;
+        if row.state.is_held() {
+            open_holder(&row)
+        } else {
+            Ok(None)
+        }
+    }
+
     fn row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
         let find = |store: &Store| {
             store
@@ -377,7 +391,12 @@ impl Engine {
             }
             None => self.assets().make_kernel(watcher, cancel)?,
         }
-        self.assets().make_image(&mut store, image, watcher, cancel)
+        self.assets()
+            .make_image(&mut store, image, watcher, cancel)?;
+        // Formatted here so that no start has to.
+        self.assets()
+            .empty_layer(crate::spec::DISK_MIB_DEFAULT)
+            .map(|_| ())
     }
 
     /// Host programs that are not there.
@@ -552,8 +571,14 @@ impl Engine {
             && !path.exists()
         {
             let empty = self.assets().empty_layer(row.spec.disk_mib)?;
+            // Under its own name only once it is whole: a copy that was cut short is no disk.
+            let making = path.with_extension("making");
             self.os()
-                .copy_sparse("make the sandbox's disk", &empty, &path)?;
+                .remove_file("remove the half-made disk", &making)?;
+            self.os()
+                .copy_sparse("make the sandbox's disk", &empty, &making)?;
+            self.os()
+                .rename("put the sandbox's disk in place at", &making, &path)?;
         }
         let plan = plan::plan(row, self.layout(), &facts, &myself()?);
         let text = serde_json::to_vec(&plan).map_err(|error| {

@@ -34,7 +34,7 @@ pub struct Launch {
     pub workdir: Option<String>,
     /// User of commands that name none.
     pub user: Option<String>,
-    /// Milliseconds from the start at which the sandbox is destroyed.
+    /// Milliseconds from the moment the guest serves at which the sandbox is destroyed.
     pub ttl_ms: Option<u64>,
     /// Whether the sandbox is destroyed as soon as it stops.
     pub ephemeral: bool,

@@ -132,7 +132,7 @@ pub struct SandboxSpec {
     pub workdir: Option<String>,
     /// User of commands that name none.
     pub user: Option<String>,
-    /// Time after each start at which the sandbox is destroyed.
+    /// Time after each start, counted from when the guest serves, at which the sandbox is destroyed.
     pub ttl: Option<Duration>,
     /// Whether the sandbox is destroyed as soon as it stops, for whatever reason.
     pub ephemeral: bool,

@@ -94,6 +94,8 @@ pub(crate) struct Driver {
     layout: Layout,
     store: Store,
     begun: Instant,
+    /// When the time-to-live is over; it runs from the moment the guest serves.
+    ttl: Option<Instant>,
     vmm_us: u64,
     vm: Box<dyn Vm>,
     guest: Outgoing,
@@ -168,11 +170,11 @@ pub(crate) async fn run(
     }
 
     let boot = Duration::from_millis(launch.boot_timeout_ms);
-    let ttl = launch.ttl_ms.map(|ttl| begun + Duration::from_millis(ttl));
     let mut driver = Driver {
         layout,
         store,
         begun,
+        ttl: None,
         vmm_us,
         vm,
         guest,
@@ -194,9 +196,7 @@ pub(crate) async fn run(
         inbox,
         launch,
     };
-    let end = driver
-        .serve(&mut inputs, &listener, &mut terminate, ttl)
-        .await;
+    let end = driver.serve(&mut inputs, &listener, &mut terminate).await;
     let end = match end {
         End::Lost => driver.explain_loss().await,
         end => end,
@@ -213,7 +213,6 @@ impl Driver {
         inputs: &mut mpsc::Receiver<Input>,
         listener: &UnixListener,
         terminate: &mut Signal,
-        ttl: Option<Instant>,
     ) -> End {
         let far = self.begun + Duration::from_secs(u64::from(u32::MAX));
         loop {
@@ -232,7 +231,7 @@ impl Driver {
                 }
                 exit = self.vm.wait() => Some(self.gone(&exit)),
                 () = sleep_until(deadline) => Some(self.late()),
-                () = sleep_until(ttl.unwrap_or(far)) => Some(End::Destroy { why: "its time-to-live is over" }),
+                () = sleep_until(self.ttl.unwrap_or(far)) => Some(End::Destroy { why: "its time-to-live is over" }),
                 _ = terminate.recv() => self.stop(u64::try_from(TERM_GRACE.as_millis()).unwrap_or(0)),
             };
             if let Some(end) = end {
@@ -411,6 +410,10 @@ impl Driver {
             ready_us: micros(self.begun),
         };
         self.phase = Phase::Serving(ready.clone());
+        self.ttl = self
+            .launch
+            .ttl_ms
+            .and_then(|ttl| Instant::now().checked_add(Duration::from_millis(ttl)));
         for waiter in std::mem::take(&mut self.waiting_ready) {
             self.answer(waiter, &KeeperEvent::Ready(ready.clone()));
         }

@@ -39,7 +39,8 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         if let Err(error) = signals.or_interrupted(engine.start(name)).await {
             // What was asked for is a running sandbox; half of it would only be in the way. The
             // console is in the error.
-            signals.or_interrupted(engine.delete(name)).await?;
+            // What went wrong first is what counts.
+            let _ = signals.or_interrupted(engine.delete(name)).await;
             return Err(error);
         }
         Ok(engine.info(name)?)

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 
 use clap_complete::engine::ArgValueCandidates;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
 use serde_json::json;
@@ -58,6 +59,7 @@ fn follow(engine: &Engine, args: &Args) -> Result<(), CliError> {
     let failed = |error| CliError::io(format!("following {}", path.display()), error);
     // Watch before reading, so that nothing is added unseen in between.
     let changes = Changes::watch(path).map_err(failed)?;
+    let keeper = engine.keeper_end(&args.name)?;
     let mut file = File::open(path).map_err(failed)?;
     let mut text = tail_start(&mut file, args.tail).map_err(failed)?;
     loop {
@@ -70,7 +72,7 @@ fn follow(engine: &Engine, args: &Args) -> Result<(), CliError> {
         if !more {
             return Ok(());
         }
-        changes.wait().map_err(failed)?;
+        changes.wait(keeper.as_ref()).map_err(failed)?;
     }
 }
 
@@ -117,8 +119,15 @@ impl Changes {
         Ok(Self(watch))
     }
 
-    /// Waits until something happened to the file.
-    fn wait(&self) -> io::Result<()> {
+    /// Waits until something happened to the file, or its keeper ended: that records the end of the
+    /// sandbox only after it has closed the file.
+    fn wait(&self, keeper: Option<&rustix::fd::OwnedFd>) -> io::Result<()> {
+        let mut fds = vec![PollFd::new(&self.0, PollFlags::IN)];
+        fds.extend(keeper.map(|keeper| PollFd::new(keeper, PollFlags::IN)));
+        rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+        if !fds[0].revents().contains(PollFlags::IN) {
+            return Ok(());
+        }
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.0, &mut buffer);
         loop {

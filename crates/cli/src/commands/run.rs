@@ -54,7 +54,12 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         if args.keep && result.is_ok() {
             output::stderr(name);
         } else {
-            delete(&engine, name, &mut signals).await?;
+            let deleted = delete(&engine, name, &mut signals).await;
+            // Why it did not run says more than that it could not be removed as well; and after a
+            // failed start its keeper has removed it already.
+            if result.is_ok() {
+                deleted?;
+            }
         }
         // Only now: a sandbox that is owned dies with its connection.
         drop(session);

@@ -23,6 +23,9 @@ const MIGRATIONS: &[&str] = &[include_str!("../../schema/0001_initial.sql")];
 /// How long a writer waits for another one. Transactions here take well under a millisecond.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Tries to enter WAL mode while others do the same.
+const WAL_TRIES: u32 = 16;
+
 /// What helps where the data directory cannot be used.
 pub(crate) const OTHER_DIRECTORY: &str =
     "choose another directory with --data-dir or SMOLVM_DATA_DIR";
@@ -68,7 +71,7 @@ impl Store {
             Connection::open_with_flags(path, flags).map_err(|error| sql(doing(), error))?;
         connection
             .busy_timeout(BUSY_TIMEOUT)
-            .and_then(|()| connection.pragma_update(None, "journal_mode", "wal"))
+            .and_then(|()| enter_wal(&connection))
             // In WAL mode NORMAL survives a crash of any process; only a power cut may lose the last
             // transactions, and after one no sandbox runs anyway (sqlite.org/pragma.html#pragma_synchronous).
             .and_then(|()| connection.pragma_update(None, "synchronous", "normal"))
@@ -110,6 +113,26 @@ impl Store {
             })
             .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))
     }
+}
+
+/// Switches a new database to WAL mode; one that is in it already is left alone.
+///
+/// The switch does not wait for a process that does the same at this moment, whatever the busy
+/// timeout (sqlite.org/wal.html, section 4); a transaction does, so one is made before trying again.
+fn enter_wal(connection: &Connection) -> rusqlite::Result<()> {
+    for _ in 0..WAL_TRIES {
+        let mode: String = connection.pragma_query_value(None, "journal_mode", |row| row.get(0))?;
+        if mode == "wal" {
+            return Ok(());
+        }
+        match connection.pragma_update(None, "journal_mode", "wal") {
+            Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) => {
+                connection.execute_batch("BEGIN IMMEDIATE; COMMIT")?;
+            }
+            other => return other,
+        }
+    }
+    connection.pragma_update(None, "journal_mode", "wal")
 }
 
 /// A database failure with what was being done.

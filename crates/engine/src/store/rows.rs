@@ -231,9 +231,22 @@ impl Store {
             Err(error)
                 if error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) =>
             {
+                let writer: Option<String> = self
+                    .connection
+                    .query_row(
+                        "SELECT name FROM sandboxes WHERE disk_mode = 'shared' \
+                         AND state IN ('starting', 'running', 'stopping') AND image_digest = \
+                         (SELECT image_digest FROM sandboxes WHERE id = ?)",
+                        [id],
+                        |row| row.get(0),
+                    )
+                    .ok();
+                let writer = writer.map_or("another sandbox".to_owned(), |name| {
+                    format!("sandbox `{name}`")
+                });
                 Err(Error::new(
                     ErrorKind::Busy,
-                    "another running sandbox writes to the shared disk of this image",
+                    format!("{writer} is writing to the shared disk of this image"),
                 )
                 .hint("stop that one first, or create this one with --disk-mode isolated"))
             }
