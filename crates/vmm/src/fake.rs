@@ -2,12 +2,16 @@
 //!
 //! It keeps the physics: a paused machine does not answer, a killed one cannot be resumed, a kill
 //! makes [`Vm::wait`] return and closes the streams, and files that are not there cannot be booted.
-//! Its guest is a function of the test's, on a thread of its own, at the far end of the channel.
+//! Its guest is a function of the test's, on a thread of its own, at the far end of the channel. A
+//! restored guest begins that function anew, with what the other had in its [`FakeMemory`].
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,12 +19,15 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream as TokioStream;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
-    Backend, Capabilities, Exit, Vm, VmError, VmErrorKind, VmPlan, refuse_impossible,
-    refuse_unreadable,
+    Backend, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan, new_memory,
+    open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unstartable,
 };
 
 /// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
@@ -30,6 +37,7 @@ const FIRST_PID: u32 = 1 << 30;
 /// What the fake can do: as much as the real ones.
 const CAPABILITIES: Capabilities = Capabilities {
     pause: true,
+    snapshot: true,
     cpus_max: 254,
     memory_mib_min: 64,
     memory_mib_max: 512 * 1024,
@@ -45,6 +53,65 @@ pub struct FakeGuest {
     pub channel: UnixStream,
     /// The far end of the console, blocking.
     pub console: UnixStream,
+    /// What it keeps.
+    pub memory: FakeMemory,
+}
+
+/// The part of a guest's memory that a snapshot of a fake machine holds. Empty in a machine that was
+/// started; as the other left it in one that was restored.
+#[derive(Debug, Clone)]
+pub struct FakeMemory {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    state: watch::Receiver<State>,
+    runtime: Handle,
+}
+
+impl FakeMemory {
+    /// What is in it.
+    #[must_use]
+    pub fn read(&self) -> Vec<u8> {
+        lock(&self.bytes).clone()
+    }
+
+    /// Puts `bytes` in place of what is in it. In a paused machine that takes until it is resumed;
+    /// in one that has ended nothing is written, and `false` returned. For the guest's thread only.
+    #[must_use]
+    pub fn write(&self, bytes: &[u8]) -> bool {
+        let mut state = self.state.clone();
+        loop {
+            if self.runtime.block_on(running(&mut state)).is_err() {
+                return false;
+            }
+            let mut held = lock(&self.bytes);
+            // A snapshot reads after it has paused.
+            if *state.borrow() == State::Running {
+                held.clear();
+                held.extend_from_slice(bytes);
+                return true;
+            }
+        }
+    }
+}
+
+/// What the state file of a fake machine holds, as JSON: enough to know a wrong one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Saved {
+    cpus: u8,
+    memory_mib: u32,
+    disks: usize,
+    /// How much of the memory file is what the guest has written.
+    written: usize,
+}
+
+impl Saved {
+    fn of(plan: &VmPlan, written: usize) -> Saved {
+        Saved {
+            cpus: plan.cpus,
+            memory_mib: plan.memory_mib,
+            disks: plan.disks.len(),
+            written,
+        }
+    }
 }
 
 /// How a guest's function returns.
@@ -63,10 +130,14 @@ type Script = dyn Fn(FakeGuest) -> GuestEnd + Send + Sync;
 pub enum Operation {
     /// [`Backend::start`].
     Start,
+    /// [`Backend::restore`].
+    Restore,
     /// [`Vm::pause`].
     Pause,
     /// [`Vm::resume`].
     Resume,
+    /// [`Vm::snapshot`].
+    Snapshot,
     /// [`Vm::kill`].
     Kill,
     /// [`Vm::wait`].
@@ -208,28 +279,86 @@ impl Backend for Fake {
 
     async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
+        let memory = new_memory(plan)?;
         self.shared.perform(Operation::Start, &plan.name)?;
-        let vm = self.launch(plan).map_err(|error| {
+        let vm = self.launch(plan, Vec::new()).map_err(|error| {
             VmError::new(
                 VmErrorKind::Host,
                 doing(Operation::Start, &plan.name),
                 error,
             )
         })?;
+        if let Some(memory) = memory {
+            memory.keep();
+        }
+        Ok(Box::new(vm))
+    }
+
+    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unrestorable(plan)?;
+        refuse_unreadable(plan)?;
+        let state = open_state(state)?;
+        self.shared.perform(Operation::Restore, &plan.name)?;
+        let doing = || doing(Operation::Restore, &plan.name);
+        let memory = load(plan, state).map_err(|error| {
+            // As a VMM that exits because it cannot make sense of it.
+            let exit = Exit {
+                code: Some(1),
+                signal: None,
+                stderr: error.to_string(),
+            };
+            VmError::exited(doing(), &exit)
+        })?;
+        let vm = self
+            .launch(plan, memory)
+            .map_err(|error| VmError::new(VmErrorKind::Host, doing(), error))?;
         Ok(Box::new(vm))
     }
 }
 
+/// Writes the guest's memory to its file, and then the state that goes with it.
+fn save(plan: &VmPlan, memory: &Path, bytes: &[u8], mut state: File) -> io::Result<()> {
+    File::options()
+        .write(true)
+        .open(memory)?
+        .write_all_at(bytes, 0)?;
+    state.write_all(&serde_json::to_vec(&Saved::of(plan, bytes.len()))?)
+}
+
+/// The guest's memory, if the state is that of a machine like `plan`.
+fn load(plan: &VmPlan, mut state: File) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    state.read_to_end(&mut text)?;
+    let saved: Saved = serde_json::from_slice(&text)?;
+    if saved != Saved::of(plan, saved.written) {
+        return Err(io::Error::other("the state is that of another machine"));
+    }
+    let Memory::CopyOf(path) = &plan.memory else {
+        return Ok(Vec::new());
+    };
+    let mut bytes = vec![0; saved.written];
+    File::open(path)?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
 impl Fake {
-    fn launch(&self, plan: &VmPlan) -> io::Result<FakeVm> {
+    fn launch(&self, plan: &VmPlan, memory: Vec<u8>) -> io::Result<FakeVm> {
         let (state, watched) = watch::channel(State::Running);
         let (channel, channel_guest, channel_relays) = wire(&watched)?;
         let (console, console_guest, console_relays) = wire(&watched)?;
+        let memory = FakeMemory {
+            bytes: Arc::new(Mutex::new(memory)),
+            state: watched.clone(),
+            runtime: Handle::current(),
+        };
         let guest = FakeGuest {
             plan: plan.clone(),
             channel: channel_guest,
             console: console_guest,
+            memory: memory.clone(),
         };
         let pid = FIRST_PID + self.shared.started.fetch_add(1, Ordering::Relaxed);
         lock(&self.shared.machines).insert(pid, state);
@@ -250,7 +379,8 @@ impl Fake {
         ));
         Ok(FakeVm {
             shared: Arc::clone(&self.shared),
-            name: plan.name.clone(),
+            plan: plan.clone(),
+            memory,
             pid,
             state: watched,
             channel: Some(channel),
@@ -373,7 +503,8 @@ async fn running(state: &mut watch::Receiver<State>) -> Result<(), ()> {
 #[derive(Debug)]
 struct FakeVm {
     shared: Arc<Shared>,
-    name: String,
+    plan: VmPlan,
+    memory: FakeMemory,
     pid: u32,
     state: watch::Receiver<State>,
     channel: Option<UnixStream>,
@@ -395,23 +526,38 @@ impl Vm for FakeVm {
     }
 
     async fn pause(&mut self) -> Result<(), VmError> {
-        self.shared.perform(Operation::Pause, &self.name)?;
+        self.shared.perform(Operation::Pause, &self.plan.name)?;
         self.turn(Operation::Pause, State::Paused)
     }
 
     async fn resume(&mut self) -> Result<(), VmError> {
-        self.shared.perform(Operation::Resume, &self.name)?;
+        self.shared.perform(Operation::Resume, &self.plan.name)?;
         self.turn(Operation::Resume, State::Running)
     }
 
+    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError> {
+        let doing = || doing(Operation::Snapshot, &self.plan.name);
+        let Memory::File(memory) = &self.plan.memory else {
+            let why = "its memory is not in a file";
+            return Err(VmError::new(VmErrorKind::Unsupported, doing(), why));
+        };
+        self.shared.perform(Operation::Snapshot, &self.plan.name)?;
+        self.turn(Operation::Snapshot, State::Paused)?;
+        let (file, new) = NewFile::create(state)?;
+        save(&self.plan, memory, &lock(&self.memory.bytes), file)
+            .map_err(|error| VmError::new(VmErrorKind::Host, doing(), error))?;
+        new.keep();
+        Ok(())
+    }
+
     async fn kill(&mut self) -> Result<Exit, VmError> {
-        self.shared.perform(Operation::Kill, &self.name)?;
+        self.shared.perform(Operation::Kill, &self.plan.name)?;
         self.shared.end(self.pid, killed());
         Ok(self.ended().await)
     }
 
     async fn wait(&mut self) -> Result<Exit, VmError> {
-        self.shared.perform(Operation::Wait, &self.name)?;
+        self.shared.perform(Operation::Wait, &self.plan.name)?;
         Ok(self.ended().await)
     }
 }
@@ -424,7 +570,7 @@ impl FakeVm {
             return Ok(());
         }
         match &*self.state.borrow() {
-            State::Ended(exit) => Err(VmError::exited(doing(operation, &self.name), exit)),
+            State::Ended(exit) => Err(VmError::exited(doing(operation, &self.plan.name), exit)),
             State::Running | State::Paused => unreachable!("only the ended are taken off the list"),
         }
     }
@@ -458,8 +604,10 @@ fn killed() -> Exit {
 fn doing(operation: Operation, name: &str) -> String {
     let verb = match operation {
         Operation::Start => "start",
+        Operation::Restore => "restore",
         Operation::Pause => "pause",
         Operation::Resume => "resume",
+        Operation::Snapshot => "take a snapshot of",
         Operation::Kill => "kill",
         Operation::Wait => "wait for",
     };
@@ -473,7 +621,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
 
     use crate::Accel;
 
@@ -495,6 +642,7 @@ mod tests {
             accel: Accel::Kvm,
             cpus: 1,
             memory_mib: 128,
+            memory: Memory::Anonymous,
             kernel: "/dev/null".into(),
             initrd: "/dev/null".into(),
             cmdline: String::new(),

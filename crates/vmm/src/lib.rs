@@ -15,16 +15,21 @@ pub mod qemu;
 pub mod tsc;
 
 mod error;
+mod file;
 mod sys;
 
 use std::fmt::Debug;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+
+pub(crate) use self::file::{
+    NewFile, new_memory, open_state, refuse_unrestorable, refuse_unstartable,
+};
 
 /// Everything a backend needs to know to start one machine, with nothing left to decide.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +44,8 @@ pub struct VmPlan {
     pub cpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Where guest memory is held.
+    pub memory: Memory,
     /// Uncompressed kernel (`vmlinux`, an ELF file with a PVH note).
     pub kernel: PathBuf,
     /// Initial RAM file system.
@@ -62,6 +69,19 @@ pub enum Accel {
     Emulation,
 }
 
+/// Where guest memory is held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    /// In anonymous memory of the VMM.
+    Anonymous,
+    /// In this file, made by the backend with mode 0600 where no file was, where [`Vm::snapshot`] leaves it for others to copy.
+    File(PathBuf),
+    /// A private copy of this file, made page by page as the guest writes: pages that no guest has
+    /// written to are shared by all. The file must not change for as long as the machine lives.
+    CopyOf(PathBuf),
+}
+
 /// A raw disk image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPlan {
@@ -76,6 +96,8 @@ pub struct DiskPlan {
 pub struct Capabilities {
     /// Whether [`Vm::pause`] and [`Vm::resume`] work.
     pub pause: bool,
+    /// Whether [`Vm::snapshot`] and [`Backend::restore`] work.
+    pub snapshot: bool,
     /// Most virtual CPUs.
     pub cpus_max: u8,
     /// Least guest memory in MiB.
@@ -105,9 +127,25 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     ///
     /// [`VmErrorKind::ProgramMissing`]; [`VmErrorKind::Unsupported`] for a plan outside the
-    /// capabilities; [`VmErrorKind::Host`], naming the file, if one of the plan's cannot be opened.
+    /// capabilities, or with [`Memory::CopyOf`], which can only be restored; [`VmErrorKind::Host`],
+    /// naming the file, if one of the plan's cannot be opened, or that of the memory cannot be made.
     /// What the VMM itself finds wrong after it was started is told by [`Vm::wait`].
     async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError>;
+
+    /// Starts a machine where another was at its [`Vm::snapshot`], and returns when its virtual
+    /// CPUs run. The plan is that of the other but for its name, its paths, and its memory, which is
+    /// [`Memory::CopyOf`] the other's file. The guest notices nothing: its clock stands still
+    /// between the two, and its end of the channel is as it was, so the host speaks first here.
+    ///
+    /// Otherwise as [`Backend::start`]. `state` is read before this returns and not needed after.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::Unsupported`] if the plan's memory is no [`Memory::CopyOf`], or has another size
+    /// than that file, which must be open to reading and writing even though nothing is written.
+    /// Also [`VmErrorKind::Protocol`] or [`VmErrorKind::Exited`] if the VMM cannot make sense of
+    /// `state`, or takes longer than [`CONTROL_TIMEOUT`] for it ([`VmErrorKind::Timeout`]).
+    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError>;
 }
 
 /// One machine. Dropping it kills the VMM process and reaps it.
@@ -120,8 +158,9 @@ pub trait Vm: Debug + Send {
     /// once. It ends when the machine does.
     fn take_channel(&mut self) -> Option<UnixStream>;
 
-    /// Takes the stream of the guest's console output, in blocking mode. `Some` once. If nobody reads it the guest's
-    /// console stalls, so whoever takes it keeps reading.
+    /// Takes the stream of the guest's console, in blocking mode: what the guest writes comes out,
+    /// and what is written to it the guest reads. `Some` once. If nobody reads it the guest's console
+    /// stalls, so whoever takes it keeps reading.
     fn take_console(&mut self) -> Option<UnixStream>;
 
     /// Stops the virtual CPUs; memory and devices stay. Idempotent.
@@ -133,6 +172,19 @@ pub trait Vm: Debug + Send {
 
     /// Lets the virtual CPUs go on. Idempotent. Errors as [`Vm::pause`].
     async fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Stops the virtual CPUs and writes the state of CPUs and devices to the new file `state`, mode
+    /// 0600. Guest memory is complete in the plan's [`Memory::File`], and what the guest wrote to
+    /// its disks is in their files. The machine stays stopped; kill it before anybody restores from
+    /// it, so that nothing changes those files any more.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::Unsupported`] unless the plan's memory is [`Memory::File`];
+    /// [`VmErrorKind::Exited`] if it is gone; [`VmErrorKind::Host`] if `state` exists or cannot be
+    /// written; [`VmErrorKind::Timeout`] after [`CONTROL_TIMEOUT`]. No new `state` remains, nor if the
+    /// future is dropped; unless it was unsupported, the machine is then fit for a kill only.
+    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError>;
 
     /// Kills the VMM at once and reaps it. Idempotent; succeeds if it is gone already. When it
     /// returns, the process no longer exists.
@@ -210,6 +262,8 @@ pub(crate) fn refuse_impossible(plan: &VmPlan, can: &Capabilities) -> Result<(),
             plan.disks.len(),
             can.disks_max
         )
+    } else if !can.snapshot && plan.memory != Memory::Anonymous {
+        "this backend cannot hold memory in files".to_owned()
     } else if plan.accel == Accel::Emulation && plan.tsc_khz.is_none() {
         "emulation needs the frequency of the host's time-stamp counter".to_owned()
     } else {

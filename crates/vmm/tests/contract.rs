@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use smolvm_vmm::contract::{Guest, Subject, payload};
-use smolvm_vmm::{Accel, Backend, VmPlan};
+use smolvm_vmm::{Accel, Backend, Memory, VmPlan};
 
 mod fake {
     use super::*;
@@ -42,6 +42,21 @@ mod fake {
             Guest::Resets => {
                 let _ = say();
             }
+            Guest::Counts => {
+                if machine.memory.read().is_empty()
+                    && (say().is_err() || !machine.memory.write(&[0]))
+                {
+                    return GuestEnd::Off;
+                }
+                while let Ok(1) = machine.console.read(&mut [0]) {
+                    let count = machine.memory.read()[0] + 1;
+                    if !machine.memory.write(&[count])
+                        || writeln!(machine.console, "{count}").is_err()
+                    {
+                        break;
+                    }
+                }
+            }
         }
         GuestEnd::Off
     }
@@ -57,6 +72,11 @@ mod fake {
 
         fn exists(&self, pid: u32) -> bool {
             self.fake.running().contains(&pid)
+        }
+
+        fn count(&self, _: &str) -> usize {
+            // Each test has a fake of its own, and all its machines are gone when this is asked.
+            self.fake.running().len()
         }
 
         fn kill_from_outside(&self, pid: u32) {
@@ -113,6 +133,19 @@ mod qemu {
 
         fn exists(&self, number: u32) -> bool {
             PathBuf::from(format!("/proc/{number}")).exists()
+        }
+
+        fn count(&self, name: &str) -> usize {
+            let mut count = 0;
+            for process in std::fs::read_dir("/proc").expect("the processes") {
+                let process = process.expect("a process").path();
+                // One that has ended meanwhile has neither.
+                let read = |file| std::fs::read_to_string(process.join(file)).unwrap_or_default();
+                let own = read("status").contains(&format!("\nPPid:\t{}\n", std::process::id()));
+                let named = read("cmdline").contains(&format!("\0{name}\0"));
+                count += usize::from(own && named);
+            }
+            count
         }
 
         fn kill_from_outside(&self, number: u32) {
@@ -294,6 +327,59 @@ mod qemu_only {
     }
 
     #[test]
+    fn a_vmm_that_dies_while_it_saves_or_restores_leaves_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [memory, state] = ["memory", "state"].map(|name| directory.path().join(name));
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        plan.program = stand_in("mute.sh");
+        plan.memory = Memory::File(memory.clone());
+        contract::run(async {
+            let told = |error: &smolvm_vmm::VmError| {
+                assert_eq!(error.kind, VmErrorKind::Exited);
+                let cause = std::error::Error::source(error).expect("a cause");
+                assert!(cause.to_string().ends_with("out of luck"), "{cause}");
+            };
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            told(&vm.snapshot(&state).await.expect_err("snapshot"));
+            assert!(!state.exists());
+
+            std::fs::write(&state, "anything").expect("a state");
+            plan.memory = Memory::CopyOf(memory);
+            told(&Qemu.restore(&plan, &state).await.expect_err("restore"));
+        });
+    }
+
+    #[test]
+    fn a_snapshot_that_is_given_up_leaves_no_state() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [memory, state] = ["memory", "state"].map(|name| directory.path().join(name));
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Ticks);
+        plan.memory = Memory::File(memory);
+        contract::run(async {
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            let given_up = tokio::time::timeout(Duration::ZERO, vm.snapshot(&state)).await;
+            assert!(given_up.is_err());
+            assert!(!state.exists());
+        });
+    }
+
+    #[test]
+    fn memory_is_not_left_behind_when_the_program_is_missing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let memory = directory.path().join("memory");
+        let subject = QemuSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        plan.program = PathBuf::from("/nonexistent/qemu");
+        plan.memory = Memory::File(memory.clone());
+        contract::run(async {
+            Qemu.start(&plan).await.expect_err("no program");
+            assert!(!memory.exists());
+        });
+    }
+
+    #[test]
     fn disks_are_accepted_up_to_the_limit() {
         let directory = tempfile::tempdir().expect("a directory");
         let subject = QemuSubject::new();
@@ -353,6 +439,7 @@ impl Files {
             accel: Accel::Emulation,
             cpus: 1,
             memory_mib: 64,
+            memory: Memory::Anonymous,
             kernel: self.0.path().join(Files::kernel_name(guest)),
             initrd: self.0.path().join("initrd"),
             cmdline: String::new(),

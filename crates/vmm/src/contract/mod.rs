@@ -7,13 +7,16 @@
 pub mod payload;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
-use crate::{Backend, DiskPlan, Exit, Vm, VmError, VmErrorKind, VmPlan};
+use crate::{Backend, DiskPlan, Exit, Memory, Vm, VmError, VmErrorKind, VmPlan};
 
 /// How long anything may take before a test calls it a hang. A busy machine is slow, not wrong.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,11 +33,14 @@ pub enum Guest {
     Ticks,
     /// Then resets the machine.
     Resets,
+    /// Then writes, for each byte that it reads from the console, how many those are by now, on a
+    /// line. It counts in memory, and to 9.
+    Counts,
 }
 
 impl Guest {
     /// Every kind.
-    pub const ALL: [Guest; 3] = [Guest::Halts, Guest::Ticks, Guest::Resets];
+    pub const ALL: [Guest; 4] = [Guest::Halts, Guest::Ticks, Guest::Resets, Guest::Counts];
 
     /// What it writes.
     #[must_use]
@@ -43,6 +49,7 @@ impl Guest {
             Guest::Halts => "halting",
             Guest::Ticks => "tick",
             Guest::Resets => "resetting",
+            Guest::Counts => "counting",
         }
     }
 }
@@ -57,6 +64,9 @@ pub trait Subject: Send + Sync {
 
     /// Whether the process `pid` exists, dead and not reaped included.
     fn exists(&self, pid: u32) -> bool;
+
+    /// How many processes of machines with this name run.
+    fn count(&self, name: &str) -> usize;
 
     /// Ends the process `pid` with SIGKILL, as a stranger would.
     fn kill_from_outside(&self, pid: u32);
@@ -83,6 +93,19 @@ macro_rules! contract_tests {
             a_missing_disk_is_named
             an_impossible_plan_is_refused
             machines_do_not_know_each_other
+            a_restored_machine_goes_on_where_the_other_was
+            a_paused_machine_can_be_saved
+            restored_machines_do_not_see_each_other
+            the_files_of_a_snapshot_are_the_owners_and_do_not_change
+            only_memory_in_a_file_can_be_saved
+            a_dead_machine_cannot_be_saved
+            existing_files_stay
+            a_start_that_fails_leaves_no_memory
+            memory_is_restored_not_started
+            a_state_that_makes_no_sense_is_refused
+            a_state_of_another_size_is_refused
+            a_restored_machine_cannot_be_saved
+            a_restore_can_be_given_up
         }
     };
     (@each $subject:expr; $($name:ident)*) => {
@@ -298,22 +321,376 @@ pub async fn machines_do_not_know_each_other(subject: &dyn Subject) {
     assert!(subject.exists(other.vm.pid()));
 }
 
+/// The guest goes on as if nothing had been, from the same memory, when the other is long gone.
+pub async fn a_restored_machine_goes_on_where_the_other_was(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 2).await else {
+        return;
+    };
+    // Twice from the same, one after the other.
+    for _ in 0..2 {
+        let mut clone = snapshot.restore(subject).await;
+        clone.expect_counts(&[3, 4, 5]).await;
+        assert!(clone.vm.take_channel().is_some());
+        assert!(clone.vm.take_channel().is_none());
+        clone.vm.pause().await.expect("pause");
+        clone.vm.resume().await.expect("resume");
+        clone.expect_counts(&[6]).await;
+        let pid = clone.vm.pid();
+        let exit = clone.vm.kill().await.expect("kill");
+        assert_eq!((exit.code, exit.signal), (None, Some(9)));
+        assert!(!subject.exists(pid));
+    }
+}
+
+/// Whether the other ran or was paused makes no difference to who is restored from it.
+pub async fn a_paused_machine_can_be_saved(subject: &dyn Subject) {
+    let can = subject.backend().capabilities();
+    if !can.snapshot || !can.pause {
+        return;
+    }
+    let files = Files::new();
+    let (mut machine, plan) = files.start(subject).await;
+    machine.expect_line().await;
+    machine.expect_counts(&[1]).await;
+    machine.vm.pause().await.expect("pause");
+    machine.vm.snapshot(&files.state).await.expect("snapshot");
+    machine.vm.kill().await.expect("kill");
+    let snapshot = Snapshot { plan, files };
+    snapshot.restore(subject).await.expect_counts(&[2]).await;
+}
+
+/// Each has a memory of its own from the same beginning.
+pub async fn restored_machines_do_not_see_each_other(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let (mut one, mut other) = tokio::join!(snapshot.restore(subject), snapshot.restore(subject));
+    assert_ne!(one.vm.pid(), other.vm.pid());
+    one.expect_counts(&[2, 3, 4]).await;
+    other.expect_counts(&[2]).await;
+    one.expect_counts(&[5]).await;
+    other.expect_counts(&[3, 4]).await;
+    one.vm.kill().await.expect("kill");
+    other.expect_counts(&[5]).await;
+}
+
+/// Memory holds what no other user may read, and what many machines begin from.
+pub async fn the_files_of_a_snapshot_are_the_owners_and_do_not_change(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let Files { memory, state, .. } = &snapshot.files;
+    for path in [memory, state] {
+        let meta = std::fs::metadata(path).expect("a file");
+        assert_eq!(meta.permissions().mode() & 0o7777, 0o600, "{path:?}");
+    }
+    let meta = std::fs::metadata(memory).expect("a file");
+    assert_eq!(meta.len(), u64::from(snapshot.plan.memory_mib) << 20);
+    assert!(
+        meta.blocks() * 512 < meta.len() / 2,
+        "{meta:?} has no holes"
+    );
+    let read = || [memory, state].map(|path| std::fs::read(path).expect("a file"));
+    let before = read();
+    let mut clone = snapshot.restore(subject).await;
+    clone.expect_counts(&[2, 3]).await;
+    clone.vm.kill().await.expect("kill");
+    // Not `assert_eq`, which would print them.
+    assert!(before == read(), "a restored machine wrote to its origin");
+}
+
+/// A machine whose memory nobody else could read has nothing to save, and is none the worse for the
+/// question.
+pub async fn only_memory_in_a_file_can_be_saved(subject: &dyn Subject) {
+    let files = Files::new();
+    let mut machine = Machine::start(subject, Guest::Ticks).await;
+    let error = machine.vm.snapshot(&files.state).await;
+    assert_eq!(error.expect_err("refused").kind, VmErrorKind::Unsupported);
+    assert!(!files.state.exists());
+    machine.expect_line().await;
+}
+
+/// What died leaves no state.
+pub async fn a_dead_machine_cannot_be_saved(subject: &dyn Subject) {
+    if !subject.backend().capabilities().snapshot {
+        return;
+    }
+    let files = Files::new();
+    let (mut machine, _) = files.start(subject).await;
+    machine.expect_line().await;
+    subject.kill_from_outside(machine.vm.pid());
+    for _ in 0..2 {
+        let error = within(machine.vm.snapshot(&files.state)).await;
+        assert_eq!(error.expect_err("dead").kind, VmErrorKind::Exited);
+        assert!(!files.state.exists());
+    }
+}
+
+/// Neither the memory nor the state replaces anything.
+pub async fn existing_files_stay(subject: &dyn Subject) {
+    if !subject.backend().capabilities().snapshot {
+        return;
+    }
+    let files = Files::new();
+    let plan = files.plan(subject);
+    std::fs::write(&files.memory, "precious").expect("a file");
+    let error = refused(subject, &plan).await;
+    assert_eq!(error.kind, VmErrorKind::Host);
+    assert_eq!(
+        error.to_string(),
+        format!("make the file {}", files.memory.display())
+    );
+    assert_eq!(std::fs::read(&files.memory).expect("a file"), b"precious");
+    std::fs::remove_file(&files.memory).expect("remove");
+
+    let (mut machine, _) = files.start(subject).await;
+    machine.expect_line().await;
+    std::fs::write(&files.state, "precious").expect("a file");
+    let error = machine.vm.snapshot(&files.state).await.expect_err("there");
+    assert_eq!(error.kind, VmErrorKind::Host);
+    assert_eq!(std::fs::read(&files.state).expect("a file"), b"precious");
+}
+
+/// A start that fails takes the memory with it that it made.
+pub async fn a_start_that_fails_leaves_no_memory(subject: &dyn Subject) {
+    if !subject.backend().capabilities().snapshot {
+        return;
+    }
+    let files = Files::new();
+    let mut plan = files.plan(subject);
+    plan.kernel = PathBuf::from("/nonexistent/vmlinux");
+    refused(subject, &plan).await;
+    assert!(!files.memory.exists());
+}
+
+/// Plans whose memory does not fit what is asked for are refused, and so is memory that is not there.
+pub async fn memory_is_restored_not_started(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let good = snapshot.clone_plan(subject);
+    let error = refused(subject, &good).await;
+    assert_eq!(error.kind, VmErrorKind::Unsupported);
+
+    let missing = snapshot.files.state.with_extension("none");
+    for (memory, kind) in [
+        (Memory::Anonymous, VmErrorKind::Unsupported),
+        (Memory::File(missing.clone()), VmErrorKind::Unsupported),
+        (Memory::CopyOf(missing.clone()), VmErrorKind::Host),
+        // There, but not as long as the memory.
+        (
+            Memory::CopyOf(snapshot.files.state.clone()),
+            VmErrorKind::Unsupported,
+        ),
+    ] {
+        let plan = VmPlan {
+            memory,
+            ..good.clone()
+        };
+        let error = unrestorable(subject, &plan, &snapshot.files.state).await;
+        assert_eq!(error.kind, kind, "{plan:?}");
+        assert!(!missing.exists());
+    }
+    let error = unrestorable(subject, &good, &missing).await;
+    assert_eq!(error.kind, VmErrorKind::Host);
+}
+
+/// A state that is empty, cut off anywhere, or something else altogether.
+pub async fn a_state_that_makes_no_sense_is_refused(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let plan = snapshot.clone_plan(subject);
+    let state = std::fs::read(&snapshot.files.state).expect("the state");
+    let wrong = snapshot.files.state.with_extension("wrong");
+    let garbage = vec![0xa5; 50_000];
+    for bytes in [
+        &state[..0],
+        &state[..10],
+        &state[..state.len() / 2],
+        &garbage,
+    ] {
+        std::fs::write(&wrong, bytes).expect("a file");
+        let error = unrestorable(subject, &plan, &wrong).await;
+        let senseless = matches!(error.kind, VmErrorKind::Exited | VmErrorKind::Protocol);
+        assert!(senseless, "{error:?}");
+        let cause = std::error::Error::source(&error).expect("a cause");
+        assert!(!cause.to_string().is_empty());
+    }
+}
+
+/// The memory file fits the plan, but the state is that of a smaller machine.
+pub async fn a_state_of_another_size_is_refused(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let mut plan = snapshot.clone_plan(subject);
+    plan.memory_mib += 64;
+    let memory = std::fs::File::options()
+        .write(true)
+        .open(&snapshot.files.memory);
+    let longer = memory.and_then(|file| file.set_len(u64::from(plan.memory_mib) << 20));
+    longer.expect("a longer file");
+    let error = unrestorable(subject, &plan, &snapshot.files.state).await;
+    let senseless = matches!(error.kind, VmErrorKind::Exited | VmErrorKind::Protocol);
+    assert!(senseless, "{error:?}");
+}
+
+/// A copy has no file of its own.
+pub async fn a_restored_machine_cannot_be_saved(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let mut clone = snapshot.restore(subject).await;
+    let again = snapshot.files.state.with_extension("again");
+    let error = clone.vm.snapshot(&again).await.expect_err("refused");
+    assert_eq!(error.kind, VmErrorKind::Unsupported);
+    assert!(!again.exists());
+    clone.expect_counts(&[2]).await;
+}
+
+/// A restore that nobody waits for any more leaves nothing running, and the snapshot as it was.
+pub async fn a_restore_can_be_given_up(subject: &dyn Subject) {
+    let Some(snapshot) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let plan = snapshot.clone_plan(subject);
+    // Given up at once, and further on.
+    for patience in [Duration::ZERO, Duration::from_millis(2), QUIET / 5] {
+        let restoring = subject.backend().restore(&plan, &snapshot.files.state);
+        drop(tokio::time::timeout(patience, restoring).await);
+        assert_eq!(subject.count(&plan.name), 0);
+    }
+    snapshot.restore(subject).await.expect_counts(&[2]).await;
+}
+
+/// Where a test's snapshot is; all of it goes when this is dropped.
+struct Files {
+    memory: PathBuf,
+    state: PathBuf,
+    directory: PathBuf,
+}
+
+impl Files {
+    /// A directory with no files in it yet.
+    fn new() -> Files {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("smolvm-contract-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir(&directory).expect("a directory");
+        Files {
+            memory: directory.join("memory,1"),
+            state: directory.join("state"),
+            directory,
+        }
+    }
+
+    fn plan(&self, subject: &dyn Subject) -> VmPlan {
+        VmPlan {
+            memory: Memory::File(self.memory.clone()),
+            ..subject.plan(Guest::Counts)
+        }
+    }
+
+    async fn start(&self, subject: &dyn Subject) -> (Machine, VmPlan) {
+        let plan = self.plan(subject);
+        let vm = start(subject, &plan).await;
+        (Machine::new(vm, Guest::Counts), plan)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // What stays, stays in the directory for such.
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// What a machine that counts left behind.
+struct Snapshot {
+    plan: VmPlan,
+    files: Files,
+}
+
+impl Snapshot {
+    /// Takes one of a machine that has counted to `count`; `None` if the backend cannot, which it
+    /// then says.
+    async fn take(subject: &dyn Subject, count: u8) -> Option<Snapshot> {
+        let files = Files::new();
+        if !subject.backend().capabilities().snapshot {
+            let error = refused(subject, &files.plan(subject)).await;
+            assert_eq!(error.kind, VmErrorKind::Unsupported);
+            return None;
+        }
+        let (mut machine, plan) = files.start(subject).await;
+        machine.expect_line().await;
+        machine
+            .expect_counts(&(1..=count).collect::<Vec<_>>())
+            .await;
+        let saved = within(machine.vm.snapshot(&files.state)).await;
+        saved.expect("snapshot");
+        machine.vm.kill().await.expect("kill");
+        Some(Snapshot { plan, files })
+    }
+
+    fn clone_plan(&self, subject: &dyn Subject) -> VmPlan {
+        VmPlan {
+            name: subject.plan(Guest::Counts).name,
+            memory: Memory::CopyOf(self.files.memory.clone()),
+            ..self.plan.clone()
+        }
+    }
+
+    async fn restore(&self, subject: &dyn Subject) -> Machine {
+        let plan = self.clone_plan(subject);
+        let vm = within(subject.backend().restore(&plan, &self.files.state)).await;
+        Machine::new(vm.unwrap_or_else(|error| fail(&error)), Guest::Counts)
+    }
+}
+
+/// Restoring fails, and leaves nothing running.
+async fn unrestorable(subject: &dyn Subject, plan: &VmPlan, state: &Path) -> VmError {
+    let error = match within(subject.backend().restore(plan, state)).await {
+        Ok(vm) => panic!("{vm:?} should have been refused"),
+        Err(error) => error,
+    };
+    assert_eq!(subject.count(&plan.name), 0);
+    error
+}
+
 /// A machine whose console is read by lines.
 struct Machine {
     vm: Box<dyn Vm>,
-    console: Lines<BufReader<UnixStream>>,
+    console: Lines<BufReader<OwnedReadHalf>>,
+    keyboard: OwnedWriteHalf,
     line: &'static str,
 }
 
 impl Machine {
     async fn start(subject: &dyn Subject, guest: Guest) -> Machine {
         let plan = subject.plan(guest);
-        let mut vm = start(subject, &plan).await;
+        Machine::new(start(subject, &plan).await, guest)
+    }
+
+    fn new(mut vm: Box<dyn Vm>, guest: Guest) -> Machine {
         let console = to_tokio(vm.take_console().expect("the console"));
+        let (console, keyboard) = console.into_split();
         Machine {
             vm,
             console: BufReader::new(console).lines(),
+            keyboard,
             line: guest.line(),
+        }
+    }
+
+    /// Has it count once for each of these.
+    async fn expect_counts(&mut self, counts: &[u8]) {
+        for count in counts {
+            within(self.keyboard.write_all(b"x")).await.expect("a byte");
+            let line = within(self.console.next_line()).await;
+            let line = line.expect("read the console");
+            assert_eq!(line, Some(count.to_string()));
         }
     }
 
@@ -342,11 +719,14 @@ impl Machine {
 async fn start(subject: &dyn Subject, plan: &VmPlan) -> Box<dyn Vm> {
     match subject.backend().start(plan).await {
         Ok(vm) => vm,
-        Err(error) => panic!(
-            "could not {error}: {}",
-            std::error::Error::source(&error).map_or_else(String::new, ToString::to_string)
-        ),
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &VmError) -> ! {
+    let cause = std::error::Error::source(error);
+    let cause = cause.map_or_else(String::new, ToString::to_string);
+    panic!("could not {error}: {cause}")
 }
 
 async fn refused(subject: &dyn Subject, plan: &VmPlan) -> VmError {

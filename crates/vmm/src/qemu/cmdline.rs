@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use crate::{Accel, DiskPlan, VmPlan};
+use crate::{Accel, DiskPlan, Memory, VmPlan};
 
 /// Numbers of the sockets which the VMM inherits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +37,17 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     );
 
-    args.option("-M", MACHINE);
+    match memory_backend(plan) {
+        None => args.option("-M", MACHINE),
+        Some(backend) => {
+            args.option("-object", backend);
+            args.option("-M", format!("{MACHINE},memory-backend=ram"));
+        }
+    }
+    if matches!(plan.memory, Memory::CopyOf(_)) {
+        // Wait to be told where the state is that goes with that memory.
+        args.option("-incoming", "defer");
+    }
     match plan.accel {
         Accel::Kvm => {
             args.option("-accel", "kvm");
@@ -85,6 +95,25 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
 ///   tells one guest what another has in memory.
 const MACHINE: &str = "microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,\
                        dump-guest-core=off,mem-merge=off";
+
+/// The object that is the guest's memory, if it is held in a file. The machine's options about core
+/// dumps and merging are those of memory that the machine makes itself, so they are repeated.
+fn memory_backend(plan: &VmPlan) -> Option<OsString> {
+    let (path, share) = match &plan.memory {
+        Memory::Anonymous => return None,
+        Memory::File(path) => (path, "on"),
+        // The file is opened for writing nevertheless: QEMU 7.2 takes `readonly=on` to mean the
+        // guest's memory, too. A private mapping writes nothing back.
+        Memory::CopyOf(path) => (path, "off"),
+    };
+    let mut object = OsString::from(format!(
+        "memory-backend-file,id=ram,size={}M,share={share},prealloc=off,dump=off,merge=off,\
+         mem-path=",
+        plan.memory_mib
+    ));
+    object.push(escaped(path));
+    Some(object)
+}
 
 /// The machine's kernel parameters, then the guest's own, which thereby win.
 fn kernel_parameters(plan: &VmPlan) -> String {
@@ -171,6 +200,7 @@ impl Arguments {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     const SOCKETS: Sockets = Sockets {
         agent: 10,
@@ -185,6 +215,7 @@ mod tests {
             accel,
             cpus: 2,
             memory_mib: 512,
+            memory: Memory::Anonymous,
             kernel: "/cache/vmlinux".into(),
             initrd: "/cache/initrd".into(),
             cmdline: "rdinit=/agent".into(),
@@ -266,6 +297,35 @@ cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on rdinit=/agent";
 -append console=ttyS0 quiet panic=-1 reboot=t rdinit=/agent";
         let text = text(&plan(Accel::Kvm));
         assert_eq!(text, format!("{BEGINNING}{middle}{END}"));
+    }
+
+    /// What each kind of memory adds to the arguments, and whether it leaves the others as they are.
+    #[test]
+    fn memory() {
+        let without = plan(Accel::Kvm);
+        let machine = "-M microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,\
+                       dump-guest-core=off,mem-merge=off";
+        let object = |share| {
+            format!(
+                "-object memory-backend-file,id=ram,size=512M,share={share},prealloc=off,dump=off,\
+                 merge=off,mem-path=/run/a,,b/memory\n{machine},memory-backend=ram"
+            )
+        };
+        let path = || PathBuf::from("/run/a,b/memory");
+        for (memory, expected) in [
+            (Memory::Anonymous, machine.to_owned()),
+            (Memory::File(path()), object("on")),
+            (
+                Memory::CopyOf(path()),
+                format!("{}\n-incoming defer", object("off")),
+            ),
+        ] {
+            let with = VmPlan {
+                memory,
+                ..without.clone()
+            };
+            assert_eq!(text(&with), text(&without).replace(machine, &expected));
+        }
     }
 
     #[test]

@@ -20,8 +20,9 @@ use self::cmdline::Sockets;
 use self::launch::Process;
 use self::qmp::{Command, Monitor, QmpError};
 use crate::{
-    Backend, CONTROL_TIMEOUT, Capabilities, Exit, Vm, VmError, VmErrorKind, VmPlan,
-    refuse_impossible, refuse_unreadable,
+    Backend, CONTROL_TIMEOUT, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind,
+    VmPlan, new_memory, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
+    refuse_unstartable,
 };
 
 /// The program that emulates this host's architecture.
@@ -38,6 +39,7 @@ pub const PROGRAM: &str = if cfg!(target_arch = "aarch64") {
 /// (40 bits). Disks: the machine has 24 device slots with ACPI, of which a few are for others.
 const CAPABILITIES: Capabilities = Capabilities {
     pause: true,
+    snapshot: true,
     cpus_max: 254,
     memory_mib_min: 64,
     memory_mib_max: 512 * 1024,
@@ -104,40 +106,64 @@ impl Backend for Qemu {
 
     async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
-        let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
-        let (agent, agent_there) = UnixStream::pair().map_err(host)?;
-        let (console, console_there) = UnixStream::pair().map_err(host)?;
-        let (monitor, monitor_there) = UnixStream::pair().map_err(host)?;
-        let inherited = [agent_there, console_there, monitor_there]
-            .into_iter()
-            .map(above_stdio)
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(host)?;
-        let sockets = Sockets {
-            agent: inherited[0].as_raw_fd(),
-            console: inherited[1].as_raw_fd(),
-            monitor: inherited[2].as_raw_fd(),
-        };
-        let arguments = cmdline::arguments(plan, sockets);
-        tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
-        // Nothing is awaited from here on, so there is no half-started machine to lose.
-        let process = Process::spawn(&plan.program, &arguments, inherited)
-            .map_err(|error| spawn_error(&plan.program, error))?;
-        Ok(Box::new(QemuVm {
-            name: plan.name.clone(),
-            process,
-            monitor: Monitor::new(monitor),
-            agent: Some(agent),
-            console: Some(console),
-        }))
+        let memory = new_memory(plan)?;
+        let vm = launch(plan)?;
+        if let Some(memory) = memory {
+            memory.keep();
+        }
+        Ok(Box::new(vm))
     }
+
+    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES)?;
+        refuse_unrestorable(plan)?;
+        refuse_unreadable(plan)?;
+        let file = open_state(state)?;
+        let mut vm = launch(plan)?;
+        // Whatever goes wrong, dropping the machine kills and reaps it.
+        let loaded = vm.monitor.load(file.into()).await;
+        vm.told("restore", loaded).await?;
+        Ok(Box::new(vm))
+    }
+}
+
+/// Starts the process. Awaits nothing, so there is no half-started machine to lose.
+fn launch(plan: &VmPlan) -> Result<QemuVm, VmError> {
+    let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
+    let (agent, agent_there) = UnixStream::pair().map_err(host)?;
+    let (console, console_there) = UnixStream::pair().map_err(host)?;
+    let (monitor, monitor_there) = UnixStream::pair().map_err(host)?;
+    let inherited = [agent_there, console_there, monitor_there]
+        .into_iter()
+        .map(above_stdio)
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(host)?;
+    let sockets = Sockets {
+        agent: inherited[0].as_raw_fd(),
+        console: inherited[1].as_raw_fd(),
+        monitor: inherited[2].as_raw_fd(),
+    };
+    let arguments = cmdline::arguments(plan, sockets);
+    tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
+    let process = Process::spawn(&plan.program, &arguments, inherited)
+        .map_err(|error| spawn_error(&plan.program, error))?;
+    Ok(QemuVm {
+        name: plan.name.clone(),
+        memory_in_file: matches!(plan.memory, Memory::File(_)),
+        process,
+        monitor: Monitor::new(monitor),
+        agent: Some(agent),
+        console: Some(console),
+    })
 }
 
 /// A machine run by QEMU.
 #[derive(Debug)]
 struct QemuVm {
     name: String,
+    memory_in_file: bool,
     process: Process,
     monitor: Monitor,
     agent: Option<UnixStream>,
@@ -164,6 +190,25 @@ impl Vm for QemuVm {
 
     async fn resume(&mut self) -> Result<(), VmError> {
         self.control("resume", Command::Cont).await
+    }
+
+    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError> {
+        let doing = || doing("take a snapshot of", &self.name);
+        if !self.memory_in_file {
+            return Err(VmError::new(
+                VmErrorKind::Unsupported,
+                doing(),
+                "its memory is not in a file",
+            ));
+        }
+        if let Some(exit) = self.process.exit() {
+            return Err(VmError::exited(doing(), exit));
+        }
+        let (file, new) = NewFile::create(state)?;
+        let saved = self.monitor.save(file.into()).await;
+        self.told("take a snapshot of", saved).await?;
+        new.keep();
+        Ok(())
     }
 
     async fn kill(&mut self) -> Result<Exit, VmError> {
@@ -193,16 +238,18 @@ impl Vm for QemuVm {
 
 impl QemuVm {
     async fn control(&mut self, verb: &str, command: Command) -> Result<(), VmError> {
-        let doing = doing(verb, &self.name);
         if let Some(exit) = self.process.exit() {
-            return Err(VmError::exited(doing, exit));
+            return Err(VmError::exited(doing(verb, &self.name), exit));
         }
         let result = self.monitor.execute(command).await;
+        self.told(verb, result.map(drop)).await
+    }
+
+    /// What a conversation came to, and what else was heard during it.
+    async fn told(&mut self, verb: &str, result: Result<(), QmpError>) -> Result<(), VmError> {
         self.tell_events();
-        let error = match result {
-            Ok(_) => return Ok(()),
-            Err(error) => error,
-        };
+        let Err(error) = result else { return Ok(()) };
+        let doing = doing(verb, &self.name);
         if matches!(error, QmpError::Closed) {
             // The socket closes when the process ends; its exit says why.
             let ended = tokio::time::timeout(CONTROL_TIMEOUT, self.process.wait()).await;
@@ -212,6 +259,8 @@ impl QemuVm {
         }
         let kind = match error {
             QmpError::Timeout => VmErrorKind::Timeout,
+            // A file that the host's kernel would not let it write.
+            QmpError::Unsaved(_) => VmErrorKind::Host,
             QmpError::Closed | QmpError::Refused { .. } | QmpError::Garbage(_) => {
                 VmErrorKind::Protocol
             }

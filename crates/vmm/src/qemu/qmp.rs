@@ -5,12 +5,15 @@
 //! QEMU sends no events before, which could pile up while nobody reads.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
 use crate::CONTROL_TIMEOUT;
@@ -30,7 +33,20 @@ pub(super) enum Command {
     Stop,
     /// Let them go on.
     Cont,
+    /// Prepare for saving or loading state. Both sides have to be told the same.
+    SetMigration,
+    /// Keep the descriptor that comes along under a name.
+    KeepFile,
+    /// Save the state to the descriptor that was kept.
+    Migrate,
+    /// Load it from there.
+    MigrateIncoming,
+    /// How the last saving went.
+    QueryMigrate,
 }
+
+/// The name of the descriptor that is passed. Not a digit first, which would be a number of QEMU's.
+const FILE: &str = "state";
 
 impl Command {
     fn name(self) -> &'static str {
@@ -38,6 +54,27 @@ impl Command {
             Command::Capabilities => "qmp_capabilities",
             Command::Stop => "stop",
             Command::Cont => "cont",
+            Command::SetMigration => "migrate-set-capabilities",
+            Command::KeepFile => "getfd",
+            Command::Migrate => "migrate",
+            Command::MigrateIncoming => "migrate-incoming",
+            Command::QueryMigrate => "query-migrate",
+        }
+    }
+
+    fn arguments(self) -> Option<Value> {
+        match self {
+            Command::Capabilities | Command::Stop | Command::Cont | Command::QueryMigrate => None,
+            // Memory that is shared with a file is not part of the state, and the end of the
+            // transfer is told without being asked for.
+            Command::SetMigration => Some(json!({ "capabilities": [
+                { "capability": "x-ignore-shared", "state": true },
+                { "capability": "events", "state": true },
+            ] })),
+            Command::KeepFile => Some(json!({ "fdname": FILE })),
+            Command::Migrate | Command::MigrateIncoming => {
+                Some(json!({ "uri": format!("fd:{FILE}") }))
+            }
         }
     }
 }
@@ -65,6 +102,9 @@ pub(super) enum QmpError {
     /// The VMM said no.
     #[error("it answered: {desc} ({class})")]
     Refused { class: String, desc: String },
+    /// The VMM could not save its state, and says why.
+    #[error("it could not save its state: {0}")]
+    Unsaved(String),
     /// The VMM said something that is not in the protocol.
     #[error("it said something unexpected: {0}")]
     Garbage(String),
@@ -78,8 +118,12 @@ pub(super) struct Monitor {
     phase: Phase,
     sent: u64,
     unsent: Vec<u8>,
+    /// Goes with the bytes that are sent next. The VMM keeps it until a command asks for it.
+    unsent_file: Option<OwnedFd>,
     unread: Vec<u8>,
     events: VecDeque<Event>,
+    /// Whether the state was transferred, once that has ended.
+    transferred: Option<bool>,
 }
 
 /// The socket, given to tokio only when needed.
@@ -130,27 +174,78 @@ impl Monitor {
             phase: Phase::Greeting,
             sent: 0,
             unsent: Vec::new(),
+            unsent_file: None,
             unread: Vec::new(),
             events: VecDeque::new(),
+            transferred: None,
         }
     }
 
     /// Sends a command and waits for its answer, at most [`CONTROL_TIMEOUT`].
     pub(super) async fn execute(&mut self, command: Command) -> Result<Value, QmpError> {
-        tokio::time::timeout(CONTROL_TIMEOUT, async {
-            while self.phase != Phase::Ready {
-                self.step().await?;
-            }
-            let id = self.queue(command);
-            loop {
-                match self.step().await? {
-                    Some((answered, result)) if answered == id => return result,
-                    _ => {}
-                }
-            }
+        in_time(self.converse(command)).await
+    }
+
+    /// Stops the virtual CPUs and writes the state of the machine to `file`, all within
+    /// [`CONTROL_TIMEOUT`].
+    ///
+    /// QEMU would also save a running machine, stopping it itself; but whether it ran is part of the
+    /// state, so that what to do after loading would depend on whether somebody had paused it.
+    /// Stopped first, it is always the same: after loading, the CPUs stand still.
+    pub(super) async fn save(&mut self, file: OwnedFd) -> Result<(), QmpError> {
+        in_time(async {
+            self.converse(Command::Stop).await?;
+            self.move_state(file, Command::Migrate).await
         })
         .await
-        .unwrap_or(Err(QmpError::Timeout))
+    }
+
+    /// Reads the state that [`Monitor::save`] wrote and lets the virtual CPUs go on, all within
+    /// [`CONTROL_TIMEOUT`]. The VMM must have been started to wait for it. It exits if it cannot
+    /// make sense of the state.
+    pub(super) async fn load(&mut self, file: OwnedFd) -> Result<(), QmpError> {
+        in_time(async {
+            self.move_state(file, Command::MigrateIncoming).await?;
+            self.converse(Command::Cont).await.map(drop)
+        })
+        .await
+    }
+
+    async fn move_state(&mut self, file: OwnedFd, command: Command) -> Result<(), QmpError> {
+        self.converse(Command::SetMigration).await?;
+        self.unsent_file = Some(file);
+        self.converse(Command::KeepFile).await?;
+        self.transferred = None;
+        self.converse(command).await?;
+        let done = loop {
+            match self.transferred {
+                Some(done) => break done,
+                None => drop(self.step().await?),
+            }
+        };
+        if done {
+            return Ok(());
+        }
+        // One that cannot load exits instead of answering.
+        let report = self.converse(Command::QueryMigrate).await?;
+        let why = report["error-desc"].as_str();
+        Err(QmpError::Unsaved(
+            why.unwrap_or("it does not say why").to_owned(),
+        ))
+    }
+
+    /// Sends a command and waits for its answer.
+    async fn converse(&mut self, command: Command) -> Result<Value, QmpError> {
+        while self.phase != Phase::Ready {
+            self.step().await?;
+        }
+        let id = self.queue(command);
+        loop {
+            match self.step().await? {
+                Some((answered, result)) if answered == id => return result,
+                _ => {}
+            }
+        }
     }
 
     /// Whether events may arrive, for which somebody has to call [`Monitor::listen`].
@@ -175,7 +270,10 @@ impl Monitor {
 
     fn queue(&mut self, command: Command) -> u64 {
         self.sent += 1;
-        let line = json!({ "execute": command.name(), "id": self.sent });
+        let mut line = json!({ "execute": command.name(), "id": self.sent });
+        if let Some(arguments) = command.arguments() {
+            line["arguments"] = arguments;
+        }
         self.unsent.extend_from_slice(line.to_string().as_bytes());
         self.unsent.push(b'\n');
         self.sent
@@ -197,12 +295,18 @@ impl Monitor {
         let Monitor {
             link,
             unsent,
+            unsent_file,
             unread,
             ..
         } = self;
         let stream = link.open()?;
         if !unsent.is_empty() {
-            let written = stream.write(unsent).await.map_err(closed)?;
+            let written = match unsent_file {
+                None => stream.write(unsent).await,
+                Some(file) => write_with(stream, unsent, file).await,
+            };
+            let written = written.map_err(closed)?;
+            *unsent_file = None;
             unsent.drain(..written);
             return Ok(());
         }
@@ -266,6 +370,15 @@ impl Monitor {
     fn note(&mut self, name: &str, data: &Value) {
         let word = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
         let event = match name {
+            "MIGRATION" => {
+                match data["status"].as_str() {
+                    Some("completed") => self.transferred = Some(true),
+                    Some("failed" | "cancelled") => self.transferred = Some(false),
+                    // On its way.
+                    _ => {}
+                }
+                return;
+            }
             "SHUTDOWN" => Event::Shutdown {
                 reason: word("reason"),
             },
@@ -294,6 +407,29 @@ impl Link {
             Link::Idle(_) | Link::Closed => Err(QmpError::Closed),
         }
     }
+}
+
+/// Writes a part of `bytes`, at least one, and passes `file` along with it (unix(7), `SCM_RIGHTS`).
+async fn write_with(stream: &UnixStream, bytes: &[u8], file: &OwnedFd) -> io::Result<usize> {
+    let send = || {
+        let files = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&files));
+        let sent = sendmsg(
+            stream,
+            &[IoSlice::new(bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        );
+        Ok(sent?)
+    };
+    stream.async_io(Interest::WRITABLE, send).await
+}
+
+async fn in_time<T>(work: impl Future<Output = Result<T, QmpError>>) -> Result<T, QmpError> {
+    let timed = tokio::time::timeout(CONTROL_TIMEOUT, work).await;
+    timed.unwrap_or(Err(QmpError::Timeout))
 }
 
 /// A socket pair fails when the other end is gone, and for no other reason that a caller could do
@@ -434,6 +570,84 @@ mod tests {
         });
         let error = run(monitor.execute(Command::Stop)).expect_err("closed");
         assert!(matches!(error, QmpError::Closed), "{error:?}");
+    }
+
+    fn file() -> OwnedFd {
+        std::fs::File::open("/dev/null").expect("a file").into()
+    }
+
+    fn migration(status: &str) -> String {
+        format!(r#"{{"event": "MIGRATION", "data": {{"status": "{status}"}}}}"#)
+    }
+
+    #[test]
+    fn the_state_is_moved_when_the_vmm_says_so() {
+        let (mut monitor, peer) = vmm(GREETING, |id, command| {
+            let (setup, completed) = (migration("setup"), migration("completed"));
+            Some(match command {
+                // The end may be told before the answer, or after it.
+                "migrate" => format!("{setup}\r\n{completed}\r\n{}", done(id)),
+                "migrate-incoming" => format!("{setup}\r\n{}\r\n{completed}", done(id)),
+                _ => done(id),
+            })
+        });
+        run(async {
+            monitor.save(file()).await.expect("save");
+            monitor.load(file()).await.expect("load");
+        });
+        drop(monitor);
+        let commands = peer.join().expect("the peer");
+        let expected = [
+            "qmp_capabilities",
+            "stop",
+            "migrate-set-capabilities",
+            "getfd",
+            "migrate",
+            "migrate-set-capabilities",
+            "getfd",
+            "migrate-incoming",
+            "cont",
+        ];
+        assert_eq!(commands, expected);
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_moved_is_told_with_the_reason() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| match command {
+            "migrate" => Some(format!("{}\r\n{}", done(id), migration("failed"))),
+            "query-migrate" => Some(format!(
+                r#"{{"return": {{"status": "failed", "error-desc": "disk full"}}, "id": {id}}}"#
+            )),
+            _ => Some(done(id)),
+        });
+        let error = run(monitor.save(file())).expect_err("failed");
+        assert_eq!(error.to_string(), "it could not save its state: disk full");
+
+        // One that cannot load its state is gone with the next question.
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| match command {
+            "migrate-incoming" => Some(format!("{}\r\n{}", done(id), migration("failed"))),
+            "query-migrate" => None,
+            _ => Some(done(id)),
+        });
+        let error = run(monitor.load(file())).expect_err("failed");
+        assert!(matches!(error, QmpError::Closed), "{error:?}");
+    }
+
+    #[test]
+    fn a_vmm_that_never_ends_a_transfer_is_given_up() {
+        let paused = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        let (here, _there) = StdUnixStream::pair().expect("sockets");
+        let mut silent = Monitor::new(here);
+        for saved in [
+            paused.block_on(silent.save(file())),
+            paused.block_on(silent.load(file())),
+        ] {
+            assert!(matches!(saved, Err(QmpError::Timeout)), "{saved:?}");
+        }
     }
 
     #[test]
