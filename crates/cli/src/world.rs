@@ -90,6 +90,7 @@ impl World {
             agent: program("SMOLVM_AGENT", "smolvm-agent"),
             program_dirs: program_dirs(),
             accel: globals.accel.into(),
+            templates: set("SMOLVM_NO_TEMPLATES").is_none(),
             boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
         })
     }

@@ -231,7 +231,7 @@ pub(crate) fn unknown_image(name: &str) -> Error {
 }
 
 /// Identity of a file's content without reading it: where it is, how long, and when it last changed.
-fn stamp(what: &str, path: &Path) -> Result<u64> {
+pub(crate) fn stamp(what: &str, path: &Path) -> Result<u64> {
     let doing = || format!("could not look at the {what} {}", path.display());
     let path = path.canonicalize().map_err(|error| io(doing(), error))?;
     let metadata = std::fs::metadata(&path).map_err(|error| io(doing(), error))?;

@@ -16,6 +16,8 @@ pub struct Config {
     pub program_dirs: Vec<PathBuf>,
     /// How guest instructions are to run.
     pub accel: AccelChoice,
+    /// Whether a first start restores a machine that was booted ahead of it.
+    pub templates: bool,
     /// Most time a guest may take from start to ready.
     pub boot_timeout: Duration,
 }

@@ -12,7 +12,7 @@ use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
 use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
-use smolvm_vmm::Accel;
+use smolvm_vmm::{Accel, Memory};
 
 use crate::assets::{Assets, STOCK_KERNEL, Watcher, unknown_image};
 use crate::config::Config;
@@ -26,6 +26,7 @@ use crate::session::Session;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
 use crate::store::{ImageRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
+use crate::templates;
 
 /// The library's entry. Cheap to clone; touches nothing on disk until something is written.
 #[derive(Debug, Clone)]
@@ -567,20 +568,44 @@ impl Engine {
         // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
         let facts = self.host_facts(store, row)?;
-        if let Layer::File(path) = plan::layer(row, self.layout())
-            && !path.exists()
+        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?);
+        let layer = plan::layer(row, self.layout());
+        let fresh = match &layer {
+            Layer::File(path) => !path.exists(),
+            Layer::Memory => true,
+        };
+        let mut source = None;
+        if fresh && self.may_restore(row, &facts) {
+            let disk_mib = matches!(layer, Layer::File(_)).then_some(row.spec.disk_mib);
+            match templates::obtain(&self.assets(), &self.config().keeper, &plan, disk_mib) {
+                Ok(template) => {
+                    plan.vm.memory = Memory::CopyOf(template.memory());
+                    plan.restore = Some(template.state());
+                    source = Some(template.disk());
+                }
+                // What stands in the way of a template need not stand in the way of a sandbox.
+                Err(error) => tracing::warn!(
+                    reason = sentence(&error),
+                    "could not make a template; booting instead"
+                ),
+            }
+        }
+        if let Layer::File(path) = &layer
+            && fresh
         {
-            let empty = self.assets().empty_layer(row.spec.disk_mib)?;
+            let source = match source {
+                Some(disk) => disk,
+                None => self.assets().empty_layer(row.spec.disk_mib)?,
+            };
             // Under its own name only once it is whole: a copy that was cut short is no disk.
             let making = path.with_extension("making");
             self.os()
                 .remove_file("remove the half-made disk", &making)?;
             self.os()
-                .copy_sparse("make the sandbox's disk", &empty, &making)?;
+                .copy_sparse("make the sandbox's disk", &source, &making)?;
             self.os()
-                .rename("put the sandbox's disk in place at", &making, &path)?;
+                .rename("put the sandbox's disk in place at", &making, path)?;
         }
-        let plan = plan::plan(row, self.layout(), &facts, &myself()?);
         let text = serde_json::to_vec(&plan).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
         })?;
@@ -601,6 +626,14 @@ impl Engine {
             })?;
         launch::spawn(&self.config().keeper, &dir, listener, lock, log)?;
         Session::connect(row.spec.name.as_str(), dir.path())
+    }
+
+    /// Whether a machine booted ahead may stand in for a boot. Not where sandboxes share a disk, of
+    /// whose content no template knows; and not yet with KVM, where restoring is not proven.
+    fn may_restore(&self, row: &SandboxRow, facts: &HostFacts) -> bool {
+        self.config().templates
+            && facts.accel == Accel::Emulation
+            && row.spec.disk_mode != DiskMode::Shared
     }
 
     fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
@@ -867,7 +900,7 @@ fn myself() -> Result<ProcessIdentity> {
     })
 }
 
-fn random_u64() -> Result<u64> {
+pub(crate) fn random_u64() -> Result<u64> {
     let mut bytes = [0; 8];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| io("could not get random bytes from the kernel", error.into()))?;

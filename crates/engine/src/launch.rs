@@ -40,6 +40,10 @@ pub struct Launch {
     pub ephemeral: bool,
     /// For an ephemeral sandbox the process that starts it, which it does not outlive.
     pub starter: Option<ProcessIdentity>,
+    /// The state of a template to restore the machine from; it boots if absent, or if that fails.
+    pub restore: Option<std::path::PathBuf>,
+    /// For the builder of a template: where to write the machine's state.
+    pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.
     pub boot_timeout_ms: u64,
 }

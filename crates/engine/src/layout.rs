@@ -5,6 +5,7 @@
 //! state.db                         the store
 //! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
 //! kernels/<release>/               vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
+//! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! cache/ext4-<size MiB>.img        empty writable layers to copy
 //! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log
 //! ```
@@ -52,6 +53,12 @@ impl Layout {
     #[must_use]
     pub fn kernels(&self) -> PathBuf {
         self.root.join("kernels")
+    }
+
+    /// All templates.
+    #[must_use]
+    pub fn templates(&self) -> PathBuf {
+        self.root.join("templates")
     }
 
     /// Files that can be made again.

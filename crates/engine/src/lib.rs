@@ -44,6 +44,7 @@ mod session;
 mod spec;
 pub mod store;
 pub mod teardown;
+mod templates;
 
 pub use assets::{Progress, Watcher};
 pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use smolvm_host::ProcessIdentity;
-use smolvm_vmm::{Accel, DiskPlan, VmPlan};
+use smolvm_vmm::{Accel, DiskPlan, Memory, VmPlan};
 
 use crate::launch::Launch;
 use crate::layout::Layout;
@@ -80,6 +80,7 @@ pub(crate) fn plan(
             accel: facts.accel,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,
+            memory: Memory::Anonymous,
             kernel: facts.vmlinux.clone(),
             initrd: facts.initramfs.clone(),
             cmdline: format!("smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"),
@@ -92,6 +93,8 @@ pub(crate) fn plan(
         ttl_ms: row.spec.ttl.map(millis),
         ephemeral: row.spec.ephemeral,
         starter: row.spec.ephemeral.then(|| starter.clone()),
+        restore: None,
+        snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }
 }

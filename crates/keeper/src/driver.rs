@@ -34,6 +34,7 @@ use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
 use crate::routes::{ClientId, FromGuest, Routes};
+use crate::template::Started;
 
 /// The keeper's own streams to the guest; those of clients come after them.
 const BIRTH_STREAM: u32 = 1;
@@ -119,18 +120,21 @@ pub(crate) struct Driver {
 pub(crate) async fn run(
     launch: Launch,
     begun: Instant,
-    mut vm: Box<dyn Vm>,
+    started: Started,
     listener: StdUnixListener,
 ) -> Result<(), KeeperError> {
+    let Started {
+        mut vm,
+        channel,
+        console,
+        greeting,
+    } = started;
     let vmm_us = micros(begun);
     let layout = Layout::new(launch.data_dir.clone());
     let dir = layout.sandbox(&launch.id);
     let tail = Tail::default();
     let (inbox, mut inputs) = mpsc::channel(INBOX_FRAMES);
 
-    let (Some(channel), Some(console)) = (vm.take_channel(), vm.take_console()) else {
-        unreachable!("a machine that was just started has both streams")
-    };
     let (guest, guest_writing) = link::open(channel, inbox.clone(), Input::Guest)
         .map_err(|error| KeeperError::io("listen to the guest", error))?;
     let console_task = tokio::spawn(console::record(console, dir.console(), tail.clone()));
@@ -196,7 +200,11 @@ pub(crate) async fn run(
         inbox,
         launch,
     };
-    let end = driver.serve(&mut inputs, &listener, &mut terminate).await;
+    let ended = greeting.and_then(|frame| driver.hear_hello(&frame));
+    let end = match ended {
+        Some(end) => end,
+        None => driver.serve(&mut inputs, &listener, &mut terminate).await,
+    };
     let end = match end {
         End::Lost => driver.explain_loss().await,
         end => end,

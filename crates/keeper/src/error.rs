@@ -17,12 +17,28 @@ pub(crate) enum KeeperError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// A guest that did not come up.
+    #[error("{source}{}", said(console))]
+    Guest {
+        /// What was being done, and why it failed.
+        source: Box<KeeperError>,
+        /// The last lines of the console.
+        console: Vec<String>,
+    },
     /// No engine of that name.
     #[error("there is no engine named `{0}`")]
     UnknownEngine(String),
     /// Another process repaired the sandbox's record while the keeper was coming up.
     #[error("the sandbox was declared dead while it was starting")]
     Declared,
+}
+
+fn said(console: &[String]) -> String {
+    if console.is_empty() {
+        String::new()
+    } else {
+        format!("; its console ends with: {}", console.join(" | "))
+    }
 }
 
 impl KeeperError {

@@ -11,6 +11,7 @@ mod driver;
 mod error;
 mod link;
 mod routes;
+mod template;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -22,9 +23,10 @@ use rustix::fs::{Mode, OFlags};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{State, Store};
-use smolvm_vmm::Backend;
+use smolvm_vmm::{Backend, Memory, VmPlan};
 
 use crate::error::KeeperError;
+use crate::template::Started;
 
 /// Finds a backend by the name a launch file gives.
 pub type Backends = fn(&str) -> Option<Box<dyn Backend>>;
@@ -37,11 +39,18 @@ pub fn main(backends: Backends) -> ExitCode {
         .with_ansi(false)
         .init();
     let mut arguments = std::env::args_os().skip(1);
-    let (Some(path), None) = (arguments.next(), arguments.next()) else {
-        tracing::error!("smolvm-keeper is started by smolvm, with one launch file");
-        return ExitCode::from(2);
+    let words = [arguments.next(), arguments.next(), arguments.next()];
+    let outcome = match words {
+        [Some(path), None, None] => keep(&PathBuf::from(path), backends),
+        [Some(word), Some(path), None] if word == "--template" => {
+            make_template(&PathBuf::from(path), backends)
+        }
+        _ => {
+            tracing::error!("smolvm-keeper is started by smolvm, with a launch file");
+            return ExitCode::from(2);
+        }
     };
-    match keep(&PathBuf::from(path), backends) {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let mut text = error.to_string();
@@ -62,23 +71,56 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
     let (listener, lock) =
         inherit().map_err(|error| KeeperError::io("take over the socket", error))?;
     let launch = Launch::read(path)?;
-    // A current-thread runtime, because the kernel kills the machine when the *thread* that
-    // started it ends: here that is the process's main thread.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| KeeperError::io("start the event loop", error))?;
-    let outcome = runtime.block_on(async {
+    let outcome = runtime()?.block_on(async {
         let backend = backends(&launch.engine)
             .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
-        let vm = backend.start(&launch.vm).await?;
-        driver::run(launch.clone(), begun, vm, listener).await
+        let started = start(backend.as_ref(), &launch).await?;
+        driver::run(launch.clone(), begun, started, listener).await
     });
     if let Err(error) = &outcome {
         give_up(&launch, error);
     }
     drop(lock);
     outcome
+}
+
+/// Starts the machine: from a template if there is one, by booting otherwise. A template that
+/// cannot be restored costs its time, and nothing else.
+async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, KeeperError> {
+    if let Some(state) = &launch.restore {
+        match template::wake(backend, launch, state).await {
+            Ok(started) => return Ok(started),
+            Err(error) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, cause, "could not start from a template; booting instead");
+            }
+        }
+    }
+    let plan = VmPlan {
+        memory: Memory::Anonymous,
+        ..launch.vm.clone()
+    };
+    Ok(Started::new(backend.start(&plan).await?))
+}
+
+/// Builds a template for whoever holds the other end of standard input.
+fn make_template(path: &Path, backends: Backends) -> Result<(), KeeperError> {
+    template::end_with_stdin().map_err(|error| KeeperError::io("watch standard input", error))?;
+    let launch = Launch::read(path)?;
+    runtime()?.block_on(async {
+        let backend = backends(&launch.engine)
+            .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
+        template::make(backend.as_ref(), &launch).await
+    })
+}
+
+/// A current-thread runtime, because the kernel kills the machine when the *thread* that started it
+/// ends: here that is the process's main thread.
+fn runtime() -> Result<tokio::runtime::Runtime, KeeperError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| KeeperError::io("start the event loop", error))
 }
 
 /// A new session, so that the keeper outlives the terminal of whoever started it, and the inherited

@@ -81,6 +81,7 @@ impl Home {
                 .chain(SYSTEM_DIRS.map(PathBuf::from))
                 .collect(),
             accel: AccelChoice::Emulation,
+            templates: true,
             boot_timeout: Duration::from_secs(20),
         }
     }

@@ -88,7 +88,12 @@ impl Assets {
     /// Fills `data`, an empty directory, with a store that knows the images and nothing else, and
     /// with links to the large files. What a sandbox may write to lies in `data` itself.
     pub(crate) fn link_into(&self, data: &Path) -> Result<()> {
-        self.fill(data, &|from, to| Ok(symlink(from, to)?))
+        self.fill(data, &|from, to| Ok(symlink(from, to)?))?;
+        // Nobody writes to a template once it is made, so one serves every test.
+        let templates = self.dir.join("templates");
+        std::fs::create_dir_all(&templates)?;
+        symlink(templates, data.join("templates"))?;
+        Ok(())
     }
 
     /// The same with copies in place of links.

@@ -10,6 +10,7 @@ mod life;
 mod run;
 mod signals;
 mod stream;
+mod templates;
 mod trouble;
 mod ttl;
 mod unprivileged;

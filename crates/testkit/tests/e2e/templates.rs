@@ -1,0 +1,154 @@
+//! Starting from a template: as after a boot, only sooner, and no two sandboxes alike.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::process::Signal;
+use smolvm_testkit::{Entries, Home, processes_mentioning};
+
+/// What a guest says of itself that must differ from any other's.
+const IDENTITY: &str = "hostname; head -c 16 /dev/urandom | od -An -tx1; \
+     cat /proc/sys/kernel/random/boot_id; python3 -c 'import os; print(os.urandom(16).hex())'";
+
+/// Gives a home templates of its own, of which there are none yet.
+fn own_templates(home: &Home) -> std::path::PathBuf {
+    let templates = home.data().join("templates");
+    std::fs::remove_file(&templates).expect("the link to everybody's templates");
+    std::fs::create_dir(&templates).expect("a directory");
+    templates
+}
+
+/// Whether a sandbox's machine holds its memory as a copy of a template's.
+fn restored(home: &Home, name: &str) -> bool {
+    let maps = format!("/proc/{}/maps", home.info(name).vmm().pid());
+    std::fs::read_to_string(&maps)
+        .expect("the machine's memory map")
+        .lines()
+        .any(|line| line.contains("/templates/") && line.ends_with("/memory"))
+}
+
+/// The templates that are whole, and everything else but locks.
+fn templates_in(dir: &Path) -> (usize, Vec<String>) {
+    let mut whole = 0;
+    let mut rest = Vec::new();
+    for entry in std::fs::read_dir(dir).expect("the templates") {
+        let entry = entry.expect("an entry");
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.path().join("template.json").is_file() {
+            whole += 1;
+        } else if !name.ends_with(".lock") {
+            rest.push(name);
+        }
+    }
+    (whole, rest)
+}
+
+#[test]
+fn sandboxes_from_one_template_differ_where_they_must() {
+    let home = Home::new(3);
+    let names = ["one", "two", "three"];
+    let mut said = HashSet::new();
+    for name in names {
+        home.create(name, &["--env", &format!("WHO={name}")]);
+        assert!(restored(&home, name), "{name} booted");
+        for line in home.sh(name, IDENTITY).lines() {
+            assert!(said.insert(line.to_owned()), "two guests say {line}");
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("a clock after 1970")
+            .as_secs();
+        let theirs: u64 = home.sh(name, "date +%s").trim().parse().expect("a number");
+        assert!(
+            now.abs_diff(theirs) <= 2,
+            "it is {now}, {name} says {theirs}"
+        );
+        assert_eq!(
+            home.sh(name, "echo $WHO; hostname"),
+            format!("{name}\n{name}\n")
+        );
+        home.sh(name, &format!("echo {name} > /root/mine; sync"));
+    }
+    for name in names {
+        assert_eq!(home.sh(name, "cat /root/mine"), format!("{name}\n"));
+    }
+    // Its disk is its own from then on, so it boots, and finds what it wrote.
+    home.smolvm(["stop", "two"]).run().ok();
+    home.smolvm(["start", "two"]).run().ok();
+    assert!(
+        !restored(&home, "two"),
+        "a disk with files on it was put under a template"
+    );
+    assert_eq!(home.sh("two", "cat /root/mine"), "two\n");
+    home.rm(&names);
+}
+
+#[test]
+fn templates_can_be_switched_off() {
+    let home = Home::new(1);
+    home.smolvm(["create", "--name", "box"])
+        .env("SMOLVM_NO_TEMPLATES", "1")
+        .run()
+        .ok();
+    assert!(!restored(&home, "box"));
+    assert_eq!(home.sh("box", "echo well"), "well\n");
+    home.rm(&["box"]);
+}
+
+#[test]
+fn a_damaged_template_costs_time_and_nothing_else() {
+    let home = Home::new(1);
+    let templates = own_templates(&home);
+    home.create("first", &[]);
+    assert!(restored(&home, "first"));
+    home.rm(&["first"]);
+    let template = std::fs::read_dir(&templates)
+        .expect("the templates")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.is_dir())
+        .expect("a template");
+    std::fs::write(template.join("state"), b"this is no machine").expect("the state");
+    home.create("second", &[]);
+    assert!(
+        !restored(&home, "second"),
+        "restored from what is no machine"
+    );
+    assert_eq!(home.sh("second", "echo well"), "well\n");
+    home.rm(&["second"]);
+}
+
+#[test]
+fn processes_that_need_one_template_at_once_build_it_once() {
+    let home = Home::new(3);
+    let templates = own_templates(&home);
+    let names = ["one", "two", "three"];
+    let creates = names.map(|name| home.smolvm(["create", "--name", name]).spawn());
+    for create in creates {
+        create.wait().ok();
+    }
+    assert_eq!(templates_in(&templates), (1, Vec::new()));
+    for name in names {
+        assert!(restored(&home, name), "{name} booted");
+    }
+    home.rm(&names);
+}
+
+#[test]
+fn a_template_whose_builder_was_killed_leaves_nothing() {
+    let home = Home::new(2);
+    let templates = own_templates(&home);
+    let entries = Entries::watch(&templates);
+    let create = home.smolvm(["create", "--name", "box"]).spawn();
+    let making = entries.wait_for("a template in the making", |name| name.contains(".making-"));
+    Entries::watch(&making).wait_for("the template's memory", |name| name == "memory");
+    create.signal(Signal::KILL);
+    drop(create);
+    for (process, line) in processes_mentioning(&making) {
+        process.wait(&line);
+    }
+    home.smolvm(["start", "box"]).run().ok();
+    assert!(restored(&home, "box"));
+    assert_eq!(templates_in(&templates), (1, Vec::new()));
+    home.rm(&["box"]);
+}
