@@ -26,6 +26,9 @@ use crate::stream::{Last, Stop, Stream};
 /// Parts of a file with holes that are described one by one; a file with more is sent whole.
 const SEGMENTS_MAX: usize = 16 * 1024;
 
+/// Most bytes taken of a file that says it is empty.
+const MADE_UP_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
 /// Kernel file systems (linux/magic.h): generated when read, or endless.
 const KERNEL_FILE_SYSTEMS: &[u64] = &[
     0x0000_9fa0, // proc
@@ -238,6 +241,13 @@ impl Tree<'_> {
                 Err(errno) => return Err(self.trouble("opening", path, errno)),
             }
             Ok(false)
+        } else if path.is_empty() {
+            // Passed over in a tree; asked for by name, it would look as if it had been sent.
+            let shown = self.shown.display();
+            Err(Trouble::Said(failure(
+                FailureKind::InvalidInput,
+                format!("{shown} is a device, pipe or socket, which has no content to send"),
+            )))
         } else {
             Ok(false)
         }
@@ -266,6 +276,14 @@ impl Tree<'_> {
         // Looked at again: this descriptor may be of another file than the one found before.
         let status = file.metadata()?;
         let size = if status.is_file() { status.size() } else { 0 };
+        if status.is_file() && size == 0 {
+            // What the kernel makes up as it is read, as in /proc, has a size of 0 (proc(5)).
+            let mut content = Vec::new();
+            (&file).take(MADE_UP_BYTES_MAX).read_to_end(&mut content)?;
+            header.set_entry_type(EntryType::Regular);
+            header.set_size(content.len() as u64);
+            return self.append(header, entry, &mut content.as_slice());
+        }
         let mut segments = vec![(0, size)];
         let mut prefix = Vec::new();
         if status.blocks() * 512 < size

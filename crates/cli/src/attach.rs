@@ -228,8 +228,10 @@ impl<'a> Caller<'a> {
                 std::mem::replace(&mut self.interrupted, true)
             }
             kind if kind == SignalKind::terminate() => {
-                std::mem::replace(&mut self.terminated, true)
+                // An interactive shell ignores it (bash(1)), so with a terminal it means: hang up.
+                std::mem::replace(&mut self.terminated, true) || self.window.is_some()
             }
+            kind if kind == SignalKind::hangup() => self.window.is_some(),
             _ => false,
         };
         if again {

@@ -546,7 +546,10 @@ impl Engine {
                 }
             };
             let spawn = begun.elapsed();
-            let ready = session.wait_ready().await?;
+            let ready = match session.wait_ready().await {
+                Ok(ready) => ready,
+                Err(error) => return Err(self.why_not_started(&store, &row, error)),
+            };
             // The keeper counts from its own start, which is when it was spawned.
             let since = |micros| spawn + Duration::from_micros(micros);
             let times = StartTimes {
@@ -556,6 +559,24 @@ impl Engine {
                 ready: begun.elapsed(),
             };
             return Ok((session, times));
+        }
+    }
+
+    /// A keeper that gave up before it could answer has left its reason in the row.
+    fn why_not_started(&self, store: &Store, row: &SandboxRow, error: Error) -> Error {
+        match store.sandbox(&row.id) {
+            Ok(Some(now)) if now.state == State::Error && error.console_lines().is_empty() => {
+                match now.reason {
+                    Some(reason) => Error::new(
+                        ErrorKind::GuestFailed,
+                        format!("sandbox `{}` did not start", row.spec.name),
+                    )
+                    .because(reason)
+                    .hint("see what this host lacks with `smolvm doctor`"),
+                    None => error,
+                }
+            }
+            _ => error,
         }
     }
 
@@ -710,37 +731,46 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
         };
-        let row = self.row(&mut store, name)?;
-        if !row.state.is_held() {
-            return Ok(false);
-        }
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-        let asked = async {
-            self.connect(name)
-                .await?
-                .keeper(&KeeperRequest::Stop(StopRequest { grace_ms }))
-                .await
-        };
         // The keeper answers within the grace and what it takes to kill; one that does not is stuck.
         let limit = grace.saturating_add(KEEPER_PATIENCE);
-        match tokio::time::timeout(limit, asked).await {
-            Ok(Ok(KeeperEvent::Done(done))) => {
-                // A sandbox that is off has no process: what the caller sees next must say so.
-                wait_for_end(&row).await?;
-                Ok(done.forced)
+        loop {
+            let row = self.row(&mut store, name)?;
+            if !row.state.is_held() {
+                return Ok(false);
             }
-            Ok(Ok(other)) => Err(Error::new(
-                ErrorKind::Internal,
-                format!("the keeper of sandbox `{name}` answered {other:?}"),
-            )),
-            Ok(Err(_)) | Err(_) => {
-                // It ended meanwhile, or hangs: the rows and processes know.
-                teardown::end_processes(&row)?;
-                let row = self.row(&mut store, name);
-                match row {
-                    Ok(_) => Ok(true),
-                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
-                    Err(error) => Err(error),
+            let asked = async {
+                match self.attach_when_there(&row).await? {
+                    Some(session) => session
+                        .keeper(&KeeperRequest::Stop(StopRequest { grace_ms }))
+                        .await
+                        .map(Some),
+                    None => Ok(None),
+                }
+            };
+            match tokio::time::timeout(limit, asked).await {
+                Ok(Ok(Some(KeeperEvent::Done(done)))) => {
+                    // A sandbox that is off has no process: what the caller sees next must say so.
+                    wait_for_end(&row).await?;
+                    return Ok(done.forced);
+                }
+                Ok(Ok(Some(other))) => {
+                    return Err(Error::new(
+                        ErrorKind::Internal,
+                        format!("the keeper of sandbox `{name}` answered {other:?}"),
+                    ));
+                }
+                Ok(Ok(None)) => {}
+                // Its keeper ended before it answered: somebody else's stop came first, or it died.
+                // The row says which, once the process is gone.
+                Ok(Err(_)) if row.engine.is_some() => wait_for_end(&row).await?,
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    teardown::end_processes(&row)?;
+                    return match self.row(&mut store, name) {
+                        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                        _ => Ok(true),
+                    };
                 }
             }
         }

@@ -173,6 +173,7 @@ impl Session {
         } else {
             local.to_owned()
         };
+        replaceable(&target)?;
         let parent = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
@@ -243,6 +244,22 @@ impl Session {
                 _ => Err(error),
             },
         }
+    }
+}
+
+/// A copy takes the place of a file and goes into a directory. Anything else that bears the target's
+/// name, such as a device, a pipe or a link, would be lost.
+fn replaceable(target: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(target) {
+        Ok(metadata) if !(metadata.is_file() || metadata.is_dir()) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "{} is neither a file nor a directory, and would be replaced",
+                target.display()
+            ),
+        )
+        .hint("give another target; to write into it use `smolvm exec NAME -- cat PATH`")),
+        _ => Ok(()),
     }
 }
 
@@ -376,8 +393,11 @@ fn unpack(mut reader: PieceReader, parent: &Path, target: &Path, tally: &Tally) 
 
 /// Moves a file or tree to `target`, into a directory that is there already entry by entry.
 fn put(from: &Path, target: &Path) -> io::Result<()> {
-    let both_directories = std::fs::symlink_metadata(from)?.is_dir() && target.is_dir();
-    if !both_directories {
+    // Links are not followed: the guest may have planted one in an earlier copy, and what it sends
+    // next must not go where it points.
+    let is_directory =
+        |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    if !(is_directory(from) && is_directory(target)) {
         return std::fs::rename(from, target);
     }
     for entry in std::fs::read_dir(from)? {
@@ -555,6 +575,43 @@ mod tests {
         assert!(outcome.is_err(), "{outcome:?}");
         assert_eq!(std::fs::read_dir(&outside).expect("outside").count(), 0);
         assert_eq!(std::fs::read_dir(&parent).expect("parent").count(), 0);
+    }
+
+    #[test]
+    fn a_link_from_an_earlier_copy_is_not_followed() {
+        use tar::EntryType;
+        let dir = tempfile::tempdir().expect("a directory");
+        let outside = dir.path().join("outside");
+        std::fs::create_dir(&outside).expect("a directory");
+        let parent = dir.path().join("parent");
+        std::fs::create_dir(&parent).expect("a directory");
+        let target = parent.join("work");
+        let link = outside.to_str().expect("text").to_owned();
+        let first = archive(&[
+            ("work/", EntryType::Directory, ""),
+            ("work/d", EntryType::Symlink, &link),
+        ]);
+        unpack(pieces(&first, true), &parent, &target, &Tally::default()).expect("a copy");
+        assert!(target.join("d").is_symlink());
+        let second = archive(&[
+            ("work/", EntryType::Directory, ""),
+            ("work/d/", EntryType::Directory, ""),
+            ("work/d/planted", EntryType::Regular, "x"),
+        ]);
+        let outcome = unpack(pieces(&second, true), &parent, &target, &Tally::default());
+        assert!(outcome.is_err(), "{outcome:?}");
+        assert_eq!(std::fs::read_dir(&outside).expect("outside").count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_replaced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("/nowhere", &link).expect("a link");
+        assert!(replaceable(&link).is_err());
+        assert!(replaceable(Path::new("/dev/null")).is_err());
+        assert!(replaceable(dir.path()).is_ok());
+        assert!(replaceable(&dir.path().join("new")).is_ok());
     }
 
     #[test]

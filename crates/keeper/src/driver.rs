@@ -548,10 +548,23 @@ impl Driver {
                 state: State::Error,
                 reason: format!("the machine ended before the guest was ready: {reason}"),
             },
+            // The kernel's own word for it (kernel/panic.c); it resets the machine afterwards.
+            Phase::Serving(_)
+                if self
+                    .tail
+                    .lines()
+                    .iter()
+                    .any(|line| line.contains("Kernel panic")) =>
+            {
+                End::Broken {
+                    state: State::Error,
+                    reason: "the guest's kernel panicked; its console says why".to_owned(),
+                }
+            }
             Phase::Serving(_) if exit.as_ref().is_ok_and(|exit| exit.code == Some(0)) => {
                 End::Broken {
                     state: State::Stopped,
-                    reason: "the guest switched itself off".to_owned(),
+                    reason: "the guest switched itself off, or restarted".to_owned(),
                 }
             }
             Phase::Serving(_) => End::Broken {

@@ -70,6 +70,9 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
     let begun = tokio::time::Instant::now();
     let (listener, lock) =
         inherit().map_err(|error| KeeperError::io("take over the socket", error))?;
+    // A second descriptor of the socket: a client that waits for an answer is let go only when
+    // this process ends, after the reason has been recorded.
+    let _waiting_clients = listener.try_clone();
     let launch = Launch::read(path)?;
     let outcome = runtime()?.block_on(async {
         let backend = backends(&launch.engine)
@@ -105,12 +108,20 @@ async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, Keeper
 
 /// Builds a template for whoever holds the other end of standard input.
 fn make_template(path: &Path, backends: Backends) -> Result<(), KeeperError> {
-    template::end_with_stdin().map_err(|error| KeeperError::io("watch standard input", error))?;
+    let abandoned =
+        template::stdin_closed().map_err(|error| KeeperError::io("watch standard input", error))?;
     let launch = Launch::read(path)?;
     runtime()?.block_on(async {
         let backend = backends(&launch.engine)
             .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
-        template::make(backend.as_ref(), &launch).await
+        // The machine goes with the future that is given up.
+        tokio::select! {
+            made = template::make(backend.as_ref(), &launch) => made,
+            _ = abandoned => Err(KeeperError::io(
+                "make a template for a process that is gone",
+                std::io::ErrorKind::BrokenPipe.into(),
+            )),
+        }
     })
 }
 

@@ -16,6 +16,7 @@ use smolvm_proto::{Decoder, Frame, Kind};
 use smolvm_vmm::{Backend, Vm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 use crate::console::{self, Tail};
 use crate::error::KeeperError;
@@ -143,9 +144,10 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
     Ok(())
 }
 
-/// Ends this process when standard input closes: whoever wants the template is gone then, and
-/// nobody would ever use or remove it. The machine goes with its owner.
-pub(crate) fn end_with_stdin() -> std::io::Result<()> {
+/// Says when standard input closes: whoever wants the template is gone then, and nobody would ever
+/// use or remove it.
+pub(crate) fn stdin_closed() -> std::io::Result<oneshot::Receiver<()>> {
+    let (tell, told) = oneshot::channel();
     std::thread::Builder::new()
         .name("stdin-watch".to_owned())
         .stack_size(64 * 1024)
@@ -155,9 +157,10 @@ pub(crate) fn end_with_stdin() -> std::io::Result<()> {
                 .read(&mut byte)
                 .is_ok_and(|count| count > 0)
             {}
-            std::process::exit(1);
-        })
-        .map(|_| ())
+            // Nobody listens only if the template is ready.
+            let _ = tell.send(());
+        })?;
+    Ok(told)
 }
 
 /// Frames in and out, one after the other.

@@ -53,6 +53,14 @@ fn side(text: &str) -> Side<'_> {
 
 /// Copies.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
+    for typed in [&args.from, &args.to] {
+        if typed == "-" {
+            return Err(CliError::usage(
+                "`-` is no place to copy from or to",
+                "smolvm exec NAME -- cat PATH, or: smolvm exec NAME -- sh -c 'cat > PATH'",
+            ));
+        }
+    }
     match (side(&args.from), side(&args.to)) {
         (Side::Here(local), Side::Guest { name, path }) => {
             file::copy_in(cx, name, local, &path, false)

@@ -40,6 +40,12 @@ impl Join {
                 "leave one of them out",
             ));
         }
+        if self.tty && !cx.world.stdin_terminal {
+            return Err(CliError::usage(
+                "--tty needs a terminal, and standard input is none",
+                "leave --tty out",
+            ));
+        }
         Ok(ExecSpec {
             terminal: self.tty.then(terminal::size),
             stdin: self.interactive || !cx.world.stdin_terminal,

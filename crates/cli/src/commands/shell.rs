@@ -40,6 +40,12 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             format!("smolvm exec --json {} -- COMMAND", args.name),
         ));
     }
+    if !cx.world.stdin_terminal {
+        return Err(CliError::usage(
+            "a shell needs a terminal, and standard input is none",
+            format!("smolvm exec {} -- sh -c 'COMMANDS'", args.name),
+        ));
+    }
     let engine = cx.engine(args.boot_timeout)?;
     let ended = block_on(async {
         let mut signals = Signals::install()?;

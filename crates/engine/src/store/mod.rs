@@ -7,6 +7,7 @@
 
 pub(crate) mod rows;
 
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
@@ -67,6 +68,16 @@ impl Store {
         let doing = || format!("could not open the state database {}", path.display());
         // No SQLite mutex: a `Connection` is used by one thread at a time, as Rust's types ensure.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | extra;
+        // Environments may hold secrets. SQLite gives the files beside it the same mode.
+        if extra.contains(OpenFlags::SQLITE_OPEN_CREATE) {
+            std::fs::File::options()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)
+                .and_then(|file| file.set_permissions(std::fs::Permissions::from_mode(0o600)))
+                .map_err(|error| crate::error::io(doing(), error).hint(OTHER_DIRECTORY))?;
+        }
         let connection =
             Connection::open_with_flags(path, flags).map_err(|error| sql(doing(), error))?;
         connection
@@ -147,7 +158,15 @@ fn sql(doing: impl Into<String>, error: rusqlite::Error) -> Error {
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => ErrorKind::State,
         _ => ErrorKind::Internal,
     };
-    Error::new(kind, doing).because(error)
+    let failure = Error::new(kind, doing).because(error);
+    if kind == ErrorKind::State {
+        failure.hint(
+            "restore the file from a backup, or move it away: images are then prepared anew, and \
+             `smolvm sandbox prune` removes what is left of the sandboxes",
+        )
+    } else {
+        failure
+    }
 }
 
 #[cfg(test)]
@@ -218,6 +237,20 @@ mod tests {
                 scope.spawn(|| Store::open(&path).expect("a store"));
             }
         });
+    }
+
+    #[test]
+    fn nobody_else_may_read_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        std::fs::write(&path, "").expect("a file");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("a mode");
+        let _store = Store::open(&path).expect("a store");
+        for entry in std::fs::read_dir(dir.path()).expect("a directory") {
+            let entry = entry.expect("an entry");
+            let mode = entry.metadata().expect("metadata").permissions().mode();
+            assert_eq!(mode & 0o077, 0, "{}: {mode:o}", entry.path().display());
+        }
     }
 
     #[test]
