@@ -342,11 +342,23 @@ fn sandboxes_that_are_not_there() {
             "{errors}"
         );
     }
+    let exec = home
+        .command(&["exec", "box", "true"])
+        .output()
+        .expect("smolvm runs");
+    assert_eq!(
+        exec.status.code(),
+        Some(125),
+        "1 would be the command's own"
+    );
+    // The test has no terminal to give.
     let shell = home
         .command(&["shell", "box"])
         .output()
         .expect("smolvm runs");
-    assert_eq!(shell.status.code(), Some(125), "1 would be the shell's own");
+    assert_eq!(shell.status.code(), Some(2));
+    let errors = String::from_utf8_lossy(&shell.stderr);
+    assert!(errors.contains("needs a terminal"), "{errors}");
 }
 
 #[test]
