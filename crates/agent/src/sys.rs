@@ -28,8 +28,13 @@ extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
     c_int::from(code != std::process::ExitCode::SUCCESS)
 }
 
-/// Blocks SIGCHLD, for every thread to come as well, and ignores SIGPIPE.
+/// Blocks SIGCHLD, for every thread to come as well, and ignores SIGPIPE. What else whoever started
+/// this process ignores is not ignored any more: commands would inherit it (execve(2)).
 pub(crate) fn prepare_signals() {
+    for signal in (1..32).filter(|signal| ![libc::SIGKILL, libc::SIGSTOP].contains(signal)) {
+        // SAFETY: a default disposition installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let set = child_signal();
     // SAFETY: `set` is initialised and lives through the call; no old mask is asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };

@@ -40,10 +40,11 @@ impl Join {
                 "leave one of them out",
             ));
         }
-        if self.tty && !cx.world.stdin_terminal {
+        // As Docker: whoever types has to have a terminal; a command may have one without.
+        if self.tty && self.interactive && !cx.world.stdin_terminal {
             return Err(CliError::usage(
-                "--tty needs a terminal, and standard input is none",
-                "leave --tty out",
+                "--interactive with --tty needs a terminal, and standard input is none",
+                "leave one of them out",
             ));
         }
         Ok(ExecSpec {
