@@ -25,7 +25,7 @@ use crate::error::KeeperError;
 const WARM_STREAM: u32 = 1;
 /// Most time a copy may take to answer, if a boot may take as long. Restored ones take a tenth of a
 /// second under emulation; a boot, which is what comes after, takes some seconds.
-const WAKE_TIME: Duration = Duration::from_secs(10);
+const WAKE_TIME: Duration = Duration::from_secs(5);
 
 /// A machine with its two streams, and the Hello of its guest if that was heard already.
 #[derive(Debug)]
