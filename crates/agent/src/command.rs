@@ -312,9 +312,9 @@ mod tests {
         search(
             program.as_bytes(),
             path.as_bytes(),
-            Path::new("/work"),
+            Path::new("/srv"),
             |path| match path.to_str() {
-                Some("/bin/a" | "/usr/bin/a" | "/work/b" | "/work/sub/c") => Found::Program,
+                Some("/bin/a" | "/usr/bin/a" | "/srv/b" | "/srv/sub/c") => Found::Program,
                 Some("/bin/data" | "/bin/b") => Found::NotExecutable,
                 _ => Found::Nothing,
             },
@@ -334,10 +334,10 @@ mod tests {
 
     #[test]
     fn empty_and_relative_directories_start_at_the_commands_own() {
-        assert_eq!(look("b", "/bin:"), Search::Programs(vec!["/work/b".into()]));
+        assert_eq!(look("b", "/bin:"), Search::Programs(vec!["/srv/b".into()]));
         assert_eq!(
             look("c", "sub"),
-            Search::Programs(vec!["/work/sub/c".into()])
+            Search::Programs(vec!["/srv/sub/c".into()])
         );
     }
 
