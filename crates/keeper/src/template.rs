@@ -138,7 +138,7 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
             console: tail.lines(),
         });
     }
-    vm.snapshot(state).await?;
+    vm.snapshot(state, None).await?;
     // Nothing may change the files any more.
     vm.kill().await?;
     Ok(())

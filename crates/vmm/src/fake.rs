@@ -27,7 +27,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Backend, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan, new_memory,
-    open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unstartable,
+    new_memory_at, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
+    refuse_unsavable, refuse_unstartable,
 };
 
 /// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
@@ -535,18 +536,26 @@ impl Vm for FakeVm {
         self.turn(Operation::Resume, State::Running)
     }
 
-    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError> {
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError> {
+        refuse_unsavable(&self.plan, memory)?;
         let doing = || doing(Operation::Snapshot, &self.plan.name);
-        let Memory::File(memory) = &self.plan.memory else {
-            let why = "its memory is not in a file";
-            return Err(VmError::new(VmErrorKind::Unsupported, doing(), why));
-        };
         self.shared.perform(Operation::Snapshot, &self.plan.name)?;
         self.turn(Operation::Snapshot, State::Paused)?;
-        let (file, new) = NewFile::create(state)?;
+        let (file, new_state) = NewFile::create(state)?;
+        let new_memory = memory
+            .map(|path| new_memory_at(path, &self.plan))
+            .transpose()?;
+        let memory = match (memory, &self.plan.memory) {
+            (Some(path), _) => path,
+            (None, Memory::File(path)) => path,
+            (None, Memory::Anonymous | Memory::CopyOf(_)) => unreachable!("refused above"),
+        };
         save(&self.plan, memory, &lock(&self.memory.bytes), file)
             .map_err(|error| VmError::new(VmErrorKind::Host, doing(), error))?;
-        new.keep();
+        new_state.keep();
+        if let Some((_, new)) = new_memory {
+            new.keep();
+        }
         Ok(())
     }
 

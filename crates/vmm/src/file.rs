@@ -14,7 +14,8 @@ impl NewFile {
     /// Makes a file that only its owner may read and write. What is there already stays.
     pub(crate) fn create(path: &Path) -> Result<(File, NewFile), VmError> {
         let mut options = File::options();
-        options.read(true).write(true).create_new(true).mode(0o600);
+        // Not for reading: QEMU takes a descriptor only for the very access that it was opened for.
+        options.write(true).create_new(true).mode(0o600);
         let file = options
             .open(path)
             .map_err(|error| host("make", path, error))?;
@@ -36,16 +37,21 @@ impl Drop for NewFile {
     }
 }
 
-/// Makes the file that will hold the guest's memory: as long as it, with nothing in it, so that it
-/// takes space only as the guest writes.
+/// Makes the file that will hold the guest's memory.
 pub(crate) fn new_memory(plan: &VmPlan) -> Result<Option<NewFile>, VmError> {
     let Memory::File(path) = &plan.memory else {
         return Ok(None);
     };
+    new_memory_at(path, plan).map(|(_, new)| Some(new))
+}
+
+/// Makes a file for the memory of a machine: as long as it, with nothing in it, so that it takes
+/// space only for what is written.
+pub(crate) fn new_memory_at(path: &Path, plan: &VmPlan) -> Result<(File, NewFile), VmError> {
     let (file, new) = NewFile::create(path)?;
     file.set_len(memory_bytes(plan))
         .map_err(|error| host("size", path, error))?;
-    Ok(Some(new))
+    Ok((file, new))
 }
 
 /// Opens what [`crate::Vm::snapshot`] wrote.
@@ -65,15 +71,16 @@ pub(crate) fn refuse_unstartable(plan: &VmPlan) -> Result<(), VmError> {
     }
 }
 
-/// Refuses to restore into a memory that does not belong to the state.
-pub(crate) fn refuse_unrestorable(plan: &VmPlan) -> Result<(), VmError> {
+/// Refuses to restore into a memory that does not belong to the state. Returns the file to copy.
+pub(crate) fn refuse_unrestorable(plan: &VmPlan) -> Result<File, VmError> {
     let Memory::CopyOf(path) = &plan.memory else {
         let why = "its memory is not a copy of another's";
         return Err(unsupported("restore", plan, why));
     };
     // For writing, too, as VMMs do who then write nothing.
     let file = File::options().read(true).write(true).open(path);
-    let meta = file.and_then(|file| file.metadata());
+    let file = file.map_err(|error| host("open", path, error))?;
+    let meta = file.metadata();
     let found = meta.map_err(|error| host("open", path, error))?.len();
     let wanted = memory_bytes(plan);
     if found != wanted {
@@ -83,10 +90,22 @@ pub(crate) fn refuse_unrestorable(plan: &VmPlan) -> Result<(), VmError> {
         );
         return Err(unsupported("restore", plan, why));
     }
-    Ok(())
+    Ok(file)
 }
 
-fn memory_bytes(plan: &VmPlan) -> u64 {
+/// Refuses to make a snapshot without its memory.
+pub(crate) fn refuse_unsavable(plan: &VmPlan, memory: Option<&Path>) -> Result<(), VmError> {
+    match (&plan.memory, memory) {
+        (Memory::File(_), None) | (_, Some(_)) => Ok(()),
+        (Memory::Anonymous | Memory::CopyOf(_), None) => Err(unsupported(
+            "take a snapshot of",
+            plan,
+            "its memory is not in a file of its own",
+        )),
+    }
+}
+
+pub(crate) fn memory_bytes(plan: &VmPlan) -> u64 {
     u64::from(plan.memory_mib) << 20
 }
 

@@ -16,6 +16,7 @@ pub mod tsc;
 
 mod error;
 mod file;
+mod memory;
 mod sys;
 
 use std::fmt::Debug;
@@ -28,7 +29,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::file::{
-    NewFile, new_memory, open_state, refuse_unrestorable, refuse_unstartable,
+    NewFile, memory_bytes, new_memory, new_memory_at, open_state, refuse_unrestorable,
+    refuse_unsavable, refuse_unstartable,
 };
 
 /// Everything a backend needs to know to start one machine, with nothing left to decide.
@@ -75,7 +77,8 @@ pub enum Accel {
 pub enum Memory {
     /// In anonymous memory of the VMM.
     Anonymous,
-    /// In this file, made by the backend with mode 0600 where no file was, where [`Vm::snapshot`] leaves it for others to copy.
+    /// In this file, made by the backend with mode 0600 where no file was, where [`Vm::snapshot`]
+    /// can leave it for others to copy.
     File(PathBuf),
     /// A private copy of this file, made page by page as the guest writes: pages that no guest has
     /// written to are shared by all. The file must not change for as long as the machine lives.
@@ -133,8 +136,9 @@ pub trait Backend: Debug + Send + Sync {
     async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError>;
 
     /// Starts a machine where another was at its [`Vm::snapshot`], and returns when its virtual
-    /// CPUs run. The plan is that of the other but for its name, its paths, and its memory, which is
-    /// [`Memory::CopyOf`] the other's file. The guest notices nothing: its clock stands still
+    /// CPUs run, whether the other's did or not. The plan is that of the other but for its name, its
+    /// paths, and its memory, which is [`Memory::CopyOf`] the other's file; its kernel and initial RAM
+    /// file system are in that memory and need not be there any more. The guest notices nothing: its clock stands still
     /// between the two, and its end of the channel is as it was, so the host speaks first here.
     ///
     /// Otherwise as [`Backend::start`]. `state` is read before this returns and not needed after.
@@ -173,18 +177,25 @@ pub trait Vm: Debug + Send {
     /// Lets the virtual CPUs go on. Idempotent. Errors as [`Vm::pause`].
     async fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Stops the virtual CPUs and writes the state of CPUs and devices to the new file `state`, mode
-    /// 0600. Guest memory is complete in the plan's [`Memory::File`], and what the guest wrote to
-    /// its disks is in their files. The machine stays stopped; kill it before anybody restores from
-    /// it, so that nothing changes those files any more.
+    /// Stops the virtual CPUs and writes what [`Backend::restore`] needs: the state of CPUs and
+    /// devices to the new file `state`, and guest memory to the new file `memory`, both of mode 0600.
+    /// What the guest wrote to its disks is in their files. The machine stays paused, and goes on
+    /// with [`Vm::resume`]; until then nothing changes in its disks, so they can be copied.
+    ///
+    /// Without `memory` the plan's [`Memory::File`] itself becomes the snapshot's memory. Then kill the
+    /// machine before anybody restores from it, so that nothing changes that file any more.
+    ///
+    /// How long the guest stands still follows from what it has written since it was started or
+    /// restored: what it shares with [`Memory::CopyOf`] is copied before it is stopped.
     ///
     /// # Errors
     ///
-    /// [`VmErrorKind::Unsupported`] unless the plan's memory is [`Memory::File`];
-    /// [`VmErrorKind::Exited`] if it is gone; [`VmErrorKind::Host`] if `state` exists or cannot be
-    /// written; [`VmErrorKind::Timeout`] after [`CONTROL_TIMEOUT`]. No new `state` remains, nor if the
-    /// future is dropped; unless it was unsupported, the machine is then fit for a kill only.
-    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError>;
+    /// [`VmErrorKind::Unsupported`] without the capability, or without `memory` unless the plan's is
+    /// [`Memory::File`]; [`VmErrorKind::Exited`] if it is gone; [`VmErrorKind::Host`] if one of the
+    /// files exists or cannot be written; [`VmErrorKind::Timeout`] after [`CONTROL_TIMEOUT`]. Neither
+    /// file remains, nor, in a moment, if the future is dropped; and the machine, if it is not gone,
+    /// may be paused.
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError>;
 
     /// Kills the VMM at once and reaps it. Idempotent; succeeds if it is gone already. When it
     /// returns, the process no longer exists.
@@ -275,10 +286,14 @@ pub(crate) fn refuse_impossible(plan: &VmPlan, can: &Capabilities) -> Result<(),
 
 /// Refuses a plan whose files a VMM could not open, while there is somebody to tell which one.
 pub(crate) fn refuse_unreadable(plan: &VmPlan) -> Result<(), VmError> {
-    let boot = [
-        ("kernel", &plan.kernel, false),
-        ("initrd", &plan.initrd, false),
-    ];
+    // A machine that is restored has its kernel in memory.
+    let boot = match plan.memory {
+        Memory::CopyOf(_) => Vec::new(),
+        Memory::Anonymous | Memory::File(_) => vec![
+            ("kernel", &plan.kernel, false),
+            ("initrd", &plan.initrd, false),
+        ],
+    };
     let disks = plan
         .disks
         .iter()

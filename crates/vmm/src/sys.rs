@@ -172,3 +172,60 @@ pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
         libc::pthread_kill(thread.as_pthread_t(), kick_signal());
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    /// A private mapping of the beginning of a file (mmap(2), `MAP_PRIVATE`).
+    pub(crate) struct PrivateMap {
+        start: *mut u8,
+        bytes: usize,
+    }
+
+    impl PrivateMap {
+        pub(crate) fn new(file: &File, bytes: usize) -> PrivateMap {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: the kernel chooses the place, so nothing that is there is replaced.
+            let start = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    bytes,
+                    protection,
+                    libc::MAP_PRIVATE,
+                    file.as_raw_fd(),
+                    0,
+                )
+            };
+            assert_ne!(start, libc::MAP_FAILED);
+            PrivateMap {
+                start: start.cast(),
+                bytes,
+            }
+        }
+
+        pub(crate) fn address(&self) -> u64 {
+            self.start as u64
+        }
+
+        pub(crate) fn read(&self, at: usize) -> u8 {
+            assert!(at < self.bytes);
+            // SAFETY: within the mapping, which lives as long as this, and of a file that is not cut.
+            unsafe { self.start.add(at).read_volatile() }
+        }
+
+        pub(crate) fn write(&self, at: usize, byte: u8) {
+            assert!(at < self.bytes);
+            // SAFETY: as above; the mapping is writable, and nobody holds a reference into it.
+            unsafe { self.start.add(at).write_volatile(byte) }
+        }
+    }
+
+    impl Drop for PrivateMap {
+        fn drop(&mut self) {
+            // SAFETY: the mapping that was made, once.
+            unsafe { libc::munmap(self.start.cast(), self.bytes) };
+        }
+    }
+}

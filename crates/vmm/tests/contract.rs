@@ -341,10 +341,14 @@ mod qemu_only {
                 assert!(cause.to_string().ends_with("out of luck"), "{cause}");
             };
             let mut vm = Qemu.start(&plan).await.expect("start");
-            told(&vm.snapshot(&state).await.expect_err("snapshot"));
+            told(&vm.snapshot(&state, None).await.expect_err("snapshot"));
             assert!(!state.exists());
 
-            std::fs::write(&state, "anything").expect("a state");
+            std::fs::remove_file(&memory).expect("remove");
+            plan.program = subject.plan(Guest::Halts).program;
+            let mut vm = Qemu.start(&plan).await.expect("start");
+            vm.snapshot(&state, None).await.expect("snapshot");
+            plan.program = stand_in("mute.sh");
             plan.memory = Memory::CopyOf(memory);
             told(&Qemu.restore(&plan, &state).await.expect_err("restore"));
         });
@@ -359,7 +363,7 @@ mod qemu_only {
         plan.memory = Memory::File(memory);
         contract::run(async {
             let mut vm = Qemu.start(&plan).await.expect("start");
-            let given_up = tokio::time::timeout(Duration::ZERO, vm.snapshot(&state)).await;
+            let given_up = tokio::time::timeout(Duration::ZERO, vm.snapshot(&state, None)).await;
             assert!(given_up.is_err());
             assert!(!state.exists());
         });

@@ -104,7 +104,11 @@ macro_rules! contract_tests {
             memory_is_restored_not_started
             a_state_that_makes_no_sense_is_refused
             a_state_of_another_size_is_refused
-            a_restored_machine_cannot_be_saved
+            a_restored_machine_has_no_memory_of_its_own_to_leave
+            a_machine_is_copied_and_goes_on
+            a_copy_of_a_copy_goes_on_without_either
+            a_paused_machine_is_copied
+            a_copy_shares_its_disk_at_one_moment
             a_restore_can_be_given_up
         }
     };
@@ -353,7 +357,11 @@ pub async fn a_paused_machine_can_be_saved(subject: &dyn Subject) {
     machine.expect_line().await;
     machine.expect_counts(&[1]).await;
     machine.vm.pause().await.expect("pause");
-    machine.vm.snapshot(&files.state).await.expect("snapshot");
+    machine
+        .vm
+        .snapshot(&files.state, None)
+        .await
+        .expect("snapshot");
     machine.vm.kill().await.expect("kill");
     let snapshot = Snapshot { plan, files };
     snapshot.restore(subject).await.expect_counts(&[2]).await;
@@ -404,7 +412,7 @@ pub async fn the_files_of_a_snapshot_are_the_owners_and_do_not_change(subject: &
 pub async fn only_memory_in_a_file_can_be_saved(subject: &dyn Subject) {
     let files = Files::new();
     let mut machine = Machine::start(subject, Guest::Ticks).await;
-    let error = machine.vm.snapshot(&files.state).await;
+    let error = machine.vm.snapshot(&files.state, None).await;
     assert_eq!(error.expect_err("refused").kind, VmErrorKind::Unsupported);
     assert!(!files.state.exists());
     machine.expect_line().await;
@@ -420,7 +428,7 @@ pub async fn a_dead_machine_cannot_be_saved(subject: &dyn Subject) {
     machine.expect_line().await;
     subject.kill_from_outside(machine.vm.pid());
     for _ in 0..2 {
-        let error = within(machine.vm.snapshot(&files.state)).await;
+        let error = within(machine.vm.snapshot(&files.state, None)).await;
         assert_eq!(error.expect_err("dead").kind, VmErrorKind::Exited);
         assert!(!files.state.exists());
     }
@@ -446,9 +454,23 @@ pub async fn existing_files_stay(subject: &dyn Subject) {
     let (mut machine, _) = files.start(subject).await;
     machine.expect_line().await;
     std::fs::write(&files.state, "precious").expect("a file");
-    let error = machine.vm.snapshot(&files.state).await.expect_err("there");
+    let error = machine
+        .vm
+        .snapshot(&files.state, None)
+        .await
+        .expect_err("there");
     assert_eq!(error.kind, VmErrorKind::Host);
     assert_eq!(std::fs::read(&files.state).expect("a file"), b"precious");
+    std::fs::remove_file(&files.state).expect("remove");
+
+    let there = files.state.with_extension("memory");
+    std::fs::write(&there, "precious").expect("a file");
+    let error = machine.vm.snapshot(&files.state, Some(&there)).await;
+    assert_eq!(error.expect_err("there").kind, VmErrorKind::Host);
+    assert_eq!(std::fs::read(&there).expect("a file"), b"precious");
+    assert!(!files.state.exists());
+    machine.vm.resume().await.expect("resume");
+    machine.expect_counts(&[1]).await;
 }
 
 /// A start that fails takes the memory with it that it made.
@@ -536,17 +558,114 @@ pub async fn a_state_of_another_size_is_refused(subject: &dyn Subject) {
     assert!(senseless, "{error:?}");
 }
 
-/// A copy has no file of its own.
-pub async fn a_restored_machine_cannot_be_saved(subject: &dyn Subject) {
+/// A machine that was restored can only be saved to a new file.
+pub async fn a_restored_machine_has_no_memory_of_its_own_to_leave(subject: &dyn Subject) {
     let Some(snapshot) = Snapshot::take(subject, 1).await else {
         return;
     };
     let mut clone = snapshot.restore(subject).await;
     let again = snapshot.files.state.with_extension("again");
-    let error = clone.vm.snapshot(&again).await.expect_err("refused");
+    let error = clone.vm.snapshot(&again, None).await.expect_err("refused");
     assert_eq!(error.kind, VmErrorKind::Unsupported);
     assert!(!again.exists());
     clone.expect_counts(&[2]).await;
+}
+
+/// The guest of a machine whose memory is in no file stands still for a moment and goes on; its
+/// copies go on from that moment, each for itself.
+pub async fn a_machine_is_copied_and_goes_on(subject: &dyn Subject) {
+    let files = Files::new();
+    if !subject.backend().capabilities().snapshot {
+        let mut machine = Machine::start(subject, Guest::Counts).await;
+        let refused = machine.vm.snapshot(&files.state, Some(&files.memory)).await;
+        assert_eq!(refused.expect_err("refused").kind, VmErrorKind::Unsupported);
+        return;
+    }
+    // In anonymous memory, and in a file that is the machine's own.
+    for memory in [Memory::Anonymous, Memory::File(files.directory.join("own"))] {
+        let plan = VmPlan {
+            memory,
+            ..subject.plan(Guest::Counts)
+        };
+        let mut machine = Machine::new(start(subject, &plan).await, Guest::Counts);
+        machine.expect_line().await;
+        machine.expect_counts(&[1, 2]).await;
+        let snapshot = machine.copy(plan, Files::new()).await;
+        machine.vm.resume().await.expect("resume");
+        machine.expect_counts(&[3, 4]).await;
+        let mut one = snapshot.restore(subject).await;
+        let mut other = snapshot.restore(subject).await;
+        one.expect_counts(&[3, 4, 5]).await;
+        other.expect_counts(&[3]).await;
+        machine.expect_counts(&[5]).await;
+    }
+}
+
+/// A copy is copied in its turn when the file it came from has no name any more.
+pub async fn a_copy_of_a_copy_goes_on_without_either(subject: &dyn Subject) {
+    let Some(first) = Snapshot::take(subject, 1).await else {
+        return;
+    };
+    let mut copy = first.restore(subject).await;
+    copy.expect_counts(&[2, 3]).await;
+    let plan = first.clone_plan(subject);
+    drop(first);
+    let second = copy.copy(plan, Files::new()).await;
+    copy.vm.kill().await.expect("kill");
+    let mut copy = second.restore(subject).await;
+    copy.expect_counts(&[4, 5]).await;
+    let third = copy.copy(second.clone_plan(subject), Files::new()).await;
+    copy.vm.resume().await.expect("resume");
+    copy.expect_counts(&[6]).await;
+    third.restore(subject).await.expect_counts(&[6, 7]).await;
+}
+
+/// A machine that is paused stays so while it is copied; its copy runs.
+pub async fn a_paused_machine_is_copied(subject: &dyn Subject) {
+    let can = subject.backend().capabilities();
+    if !can.snapshot || !can.pause {
+        return;
+    }
+    let plan = subject.plan(Guest::Counts);
+    let mut machine = Machine::new(start(subject, &plan).await, Guest::Counts);
+    machine.expect_line().await;
+    machine.expect_counts(&[1]).await;
+    machine.vm.pause().await.expect("pause");
+    let snapshot = machine.copy(plan, Files::new()).await;
+    machine.keyboard.write_all(b"x").await.expect("a byte");
+    machine.expect_silence().await;
+    snapshot.restore(subject).await.expect_counts(&[2]).await;
+    machine.vm.resume().await.expect("resume");
+    let line = within(machine.console.next_line()).await;
+    assert_eq!(line.expect("the console").as_deref(), Some("2"));
+}
+
+/// Until a machine that was copied is resumed, its disks do not change, so that they can be copied.
+pub async fn a_copy_shares_its_disk_at_one_moment(subject: &dyn Subject) {
+    if !subject.backend().capabilities().snapshot {
+        return;
+    }
+    let files = Files::new();
+    let disk = files.directory.join("disk");
+    std::fs::write(&disk, vec![7; 1 << 20]).expect("a disk");
+    let mut plan = subject.plan(Guest::Counts);
+    plan.disks.push(DiskPlan {
+        path: disk.clone(),
+        read_only: false,
+    });
+    let mut machine = Machine::new(start(subject, &plan).await, Guest::Counts);
+    machine.expect_line().await;
+    machine.expect_counts(&[1]).await;
+    let snapshot = machine.copy(plan, files).await;
+    let other = snapshot.files.directory.join("other");
+    std::fs::copy(&disk, &other).expect("a copy");
+    machine.vm.resume().await.expect("resume");
+    let mut clone = snapshot.clone_plan(subject);
+    clone.disks[0].path = other;
+    let vm = within(subject.backend().restore(&clone, &snapshot.files.state)).await;
+    let mut clone = Machine::new(vm.unwrap_or_else(|error| fail(&error)), Guest::Counts);
+    clone.expect_counts(&[2]).await;
+    machine.expect_counts(&[2]).await;
 }
 
 /// A restore that nobody waits for any more leaves nothing running, and the snapshot as it was.
@@ -628,7 +747,7 @@ impl Snapshot {
         machine
             .expect_counts(&(1..=count).collect::<Vec<_>>())
             .await;
-        let saved = within(machine.vm.snapshot(&files.state)).await;
+        let saved = within(machine.vm.snapshot(&files.state, None)).await;
         saved.expect("snapshot");
         machine.vm.kill().await.expect("kill");
         Some(Snapshot { plan, files })
@@ -682,6 +801,13 @@ impl Machine {
             keyboard,
             line: guest.line(),
         }
+    }
+
+    /// Takes a snapshot of it, a machine of `plan`, and leaves it paused.
+    async fn copy(&mut self, plan: VmPlan, files: Files) -> Snapshot {
+        let saved = within(self.vm.snapshot(&files.state, Some(&files.memory))).await;
+        saved.unwrap_or_else(|error| fail(&error));
+        Snapshot { plan, files }
     }
 
     /// Has it count once for each of these.

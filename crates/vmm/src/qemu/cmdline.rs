@@ -37,17 +37,20 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     );
 
-    match memory_backend(plan) {
-        None => args.option("-M", MACHINE),
-        Some(backend) => {
-            args.option("-object", backend);
-            args.option("-M", format!("{MACHINE},memory-backend=ram"));
-        }
+    let restored = matches!(plan.memory, Memory::CopyOf(_));
+    let mut machine = MACHINE.to_owned();
+    if let Some(backend) = memory_backend(plan) {
+        args.option("-object", backend);
+        machine.push_str(",memory-backend=ram");
     }
-    if matches!(plan.memory, Memory::CopyOf(_)) {
-        // Wait to be told where the state is that goes with that memory.
+    if restored {
+        // Wait to be told where the state is that goes with that memory. Neither does it begin with
+        // a description of the machine, nor end with one of itself.
+        machine.push_str(",suppress-vmdesc=on");
         args.option("-incoming", "defer");
+        args.option("-global", "migration.send-configuration=off");
     }
+    args.option("-M", machine);
     match plan.accel {
         Accel::Kvm => {
             args.option("-accel", "kvm");
@@ -63,9 +66,13 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
     args.option("-smp", plan.cpus.to_string());
     args.option("-m", plan.memory_mib.to_string());
 
-    args.option("-kernel", &plan.kernel);
-    args.option("-initrd", &plan.initrd);
-    args.option("-append", kernel_parameters(plan));
+    // One that is restored has its kernel in memory. Reading it again would only cost time, and
+    // the state fits without.
+    if !restored {
+        args.option("-kernel", &plan.kernel);
+        args.option("-initrd", &plan.initrd);
+        args.option("-append", kernel_parameters(plan));
+    }
 
     args.socket("console", sockets.console);
     args.option("-serial", "chardev:console");
@@ -308,24 +315,29 @@ cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on rdinit=/agent";
         let object = |share| {
             format!(
                 "-object memory-backend-file,id=ram,size=512M,share={share},prealloc=off,dump=off,\
-                 merge=off,mem-path=/run/a,,b/memory\n{machine},memory-backend=ram"
+                 merge=off,mem-path=/run/a,,b/memory\n"
             )
         };
         let path = || PathBuf::from("/run/a,b/memory");
-        for (memory, expected) in [
-            (Memory::Anonymous, machine.to_owned()),
-            (Memory::File(path()), object("on")),
-            (
-                Memory::CopyOf(path()),
-                format!("{}\n-incoming defer", object("off")),
-            ),
-        ] {
-            let with = VmPlan {
+        let with = |memory| {
+            text(&VmPlan {
                 memory,
                 ..without.clone()
-            };
-            assert_eq!(text(&with), text(&without).replace(machine, &expected));
-        }
+            })
+        };
+        let expected = |replacement: &str| text(&without).replace(machine, replacement);
+        assert_eq!(with(Memory::Anonymous), expected(machine));
+        let own = format!("{}{machine},memory-backend=ram", object("on"));
+        assert_eq!(with(Memory::File(path())), expected(&own));
+        let copy = format!(
+            "{}-incoming defer\n-global migration.send-configuration=off\n\
+             {machine},memory-backend=ram,suppress-vmdesc=on",
+            object("off")
+        );
+        let kernel = "-kernel /cache/vmlinux\n-initrd /cache/initrd\n\
+                      -append console=ttyS0 quiet panic=-1 reboot=t rdinit=/agent\n";
+        let copy = expected(&copy).replace(kernel, "");
+        assert_eq!(with(Memory::CopyOf(path())), copy);
     }
 
     #[test]

@@ -6,23 +6,28 @@
 pub mod cmdline;
 mod launch;
 mod qmp;
+mod shape;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use self::cmdline::Sockets;
 use self::launch::Process;
 use self::qmp::{Command, Monitor, QmpError};
+use self::shape::Shape;
+use crate::memory::{Mapped, copy_data};
 use crate::{
     Backend, CONTROL_TIMEOUT, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind,
-    VmPlan, new_memory, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
-    refuse_unstartable,
+    VmPlan, memory_bytes, new_memory, new_memory_at, open_state, refuse_impossible,
+    refuse_unreadable, refuse_unrestorable, refuse_unsavable, refuse_unstartable,
 };
 
 /// The program that emulates this host's architecture.
@@ -109,7 +114,11 @@ impl Backend for Qemu {
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
         let memory = new_memory(plan)?;
-        let vm = launch(plan)?;
+        let base = match &plan.memory {
+            Memory::File(path) => Some(open_memory(path)?),
+            Memory::Anonymous | Memory::CopyOf(_) => None,
+        };
+        let vm = launch(plan, base)?;
         if let Some(memory) = memory {
             memory.keep();
         }
@@ -118,10 +127,18 @@ impl Backend for Qemu {
 
     async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES)?;
-        refuse_unrestorable(plan)?;
+        let base = refuse_unrestorable(plan)?;
         refuse_unreadable(plan)?;
-        let file = open_state(state)?;
-        let mut vm = launch(plan)?;
+        let mut file = open_state(state)?;
+        let found = Shape::read(&mut file);
+        let wanted = Shape::of(plan);
+        found
+            .and_then(|found| found.expect(&wanted))
+            .map_err(|error| {
+                let doing = doing("restore", &plan.name);
+                VmError::new(VmErrorKind::Protocol, doing, error)
+            })?;
+        let mut vm = launch(plan, Some(base))?;
         // Whatever goes wrong, dropping the machine kills and reaps it.
         let loaded = vm.monitor.load(file.into()).await;
         vm.told("restore", loaded).await?;
@@ -130,7 +147,9 @@ impl Backend for Qemu {
 }
 
 /// Starts the process. Awaits nothing, so there is no half-started machine to lose.
-fn launch(plan: &VmPlan) -> Result<QemuVm, VmError> {
+///
+/// `base` is the file that the guest's memory is, or is a copy of.
+fn launch(plan: &VmPlan, base: Option<File>) -> Result<QemuVm, VmError> {
     let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
     let (agent, agent_there) = UnixStream::pair().map_err(host)?;
     let (console, console_there) = UnixStream::pair().map_err(host)?;
@@ -150,8 +169,8 @@ fn launch(plan: &VmPlan) -> Result<QemuVm, VmError> {
     let process = Process::spawn(&plan.program, &arguments, inherited)
         .map_err(|error| spawn_error(&plan.program, error))?;
     Ok(QemuVm {
-        name: plan.name.clone(),
-        memory_in_file: matches!(plan.memory, Memory::File(_)),
+        plan: plan.clone(),
+        base: base.map(Arc::new),
         process,
         monitor: Monitor::new(monitor),
         agent: Some(agent),
@@ -162,8 +181,10 @@ fn launch(plan: &VmPlan) -> Result<QemuVm, VmError> {
 /// A machine run by QEMU.
 #[derive(Debug)]
 struct QemuVm {
-    name: String,
-    memory_in_file: bool,
+    plan: VmPlan,
+    /// The file that the guest's memory is, or is a copy of. Held open, because its path may be gone
+    /// when a snapshot is taken.
+    base: Option<Arc<File>>,
     process: Process,
     monitor: Monitor,
     agent: Option<UnixStream>,
@@ -192,22 +213,53 @@ impl Vm for QemuVm {
         self.control("resume", Command::Cont).await
     }
 
-    async fn snapshot(&mut self, state: &Path) -> Result<(), VmError> {
-        let doing = || doing("take a snapshot of", &self.name);
-        if !self.memory_in_file {
-            return Err(VmError::new(
-                VmErrorKind::Unsupported,
-                doing(),
-                "its memory is not in a file",
-            ));
-        }
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError> {
+        const VERB: &str = "take a snapshot of";
+        refuse_unsavable(&self.plan, memory)?;
         if let Some(exit) = self.process.exit() {
-            return Err(VmError::exited(doing(), exit));
+            return Err(VmError::exited(doing(VERB, &self.plan.name), exit));
         }
-        let (file, new) = NewFile::create(state)?;
-        let saved = self.monitor.save(file.into()).await;
-        self.told("take a snapshot of", saved).await?;
-        new.keep();
+        let (mut state, new_state) = NewFile::create(state)?;
+        let for_qemu = state.try_clone().map_err(|error| self.host(VERB, error))?;
+        let memory = memory
+            .map(|path| new_memory_at(path, &self.plan))
+            .transpose()?;
+        let copy = memory.map(|(file, new)| Copy {
+            file,
+            new,
+            base: self.base.clone(),
+        });
+        // What the guest shares with others does not change, so it need not stand still for that.
+        let shares = matches!(self.plan.memory, Memory::CopyOf(_));
+        let copy = match copy {
+            Some(copy) if shares => Some(self.blocking(VERB, move || copy.base()).await?),
+            other => other,
+        };
+        let saved = self.monitor.save(for_qemu.into()).await;
+        self.told(VERB, saved).await?;
+        Shape::of(&self.plan)
+            .append(&mut state)
+            .map_err(|error| self.host(VERB, error))?;
+        let copy = match copy {
+            Some(copy) => {
+                let address = self.monitor.address_of_memory().await;
+                let mapped = Mapped {
+                    pid: self.process.pid(),
+                    address: self.told(VERB, address).await?,
+                    bytes: memory_bytes(&self.plan),
+                };
+                let work = move || {
+                    let copy = if shares { copy } else { copy.base()? };
+                    copy.private(mapped)
+                };
+                Some(self.blocking(VERB, work).await?)
+            }
+            None => None,
+        };
+        new_state.keep();
+        if let Some(copy) = copy {
+            copy.new.keep();
+        }
         Ok(())
     }
 
@@ -228,7 +280,7 @@ impl Vm for QemuVm {
                 }
                 // Whoever waits also takes in what the VMM has to say, so that it does not pile up.
                 error = self.monitor.listen(), if self.monitor.listens() => {
-                    tracing::debug!(name = self.name, %error, "stopped listening to a machine");
+                    tracing::debug!(name = self.plan.name, %error, "stopped listening to a machine");
                 }
             }
             self.tell_events();
@@ -239,17 +291,20 @@ impl Vm for QemuVm {
 impl QemuVm {
     async fn control(&mut self, verb: &str, command: Command) -> Result<(), VmError> {
         if let Some(exit) = self.process.exit() {
-            return Err(VmError::exited(doing(verb, &self.name), exit));
+            return Err(VmError::exited(doing(verb, &self.plan.name), exit));
         }
         let result = self.monitor.execute(command).await;
         self.told(verb, result.map(drop)).await
     }
 
     /// What a conversation came to, and what else was heard during it.
-    async fn told(&mut self, verb: &str, result: Result<(), QmpError>) -> Result<(), VmError> {
+    async fn told<T>(&mut self, verb: &str, result: Result<T, QmpError>) -> Result<T, VmError> {
         self.tell_events();
-        let Err(error) = result else { return Ok(()) };
-        let doing = doing(verb, &self.name);
+        let error = match result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let doing = doing(verb, &self.plan.name);
         if matches!(error, QmpError::Closed) {
             // The socket closes when the process ends; its exit says why.
             let ended = tokio::time::timeout(CONTROL_TIMEOUT, self.process.wait()).await;
@@ -270,13 +325,55 @@ impl QemuVm {
 
     fn tell_events(&mut self) {
         for event in self.monitor.take_events() {
-            tracing::info!(name = self.name, ?event, "a machine reports");
+            tracing::info!(name = self.plan.name, ?event, "a machine reports");
         }
     }
 
-    fn host(&self, verb: &str, error: io::Error) -> VmError {
-        VmError::new(VmErrorKind::Host, doing(verb, &self.name), error)
+    /// Moves memory on a thread that may block. One that is given up ends by itself.
+    async fn blocking(
+        &self,
+        verb: &str,
+        work: impl FnOnce() -> io::Result<Copy> + Send + 'static,
+    ) -> Result<Copy, VmError> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| self.host(verb, error))
     }
+
+    fn host(&self, verb: &str, error: io::Error) -> VmError {
+        VmError::new(VmErrorKind::Host, doing(verb, &self.plan.name), error)
+    }
+}
+
+/// A copy of a guest's memory under way.
+struct Copy {
+    file: File,
+    new: NewFile,
+    base: Option<Arc<File>>,
+}
+
+impl Copy {
+    /// Copies what is in the file that the memory is, or began as.
+    fn base(self) -> io::Result<Copy> {
+        if let Some(base) = &self.base {
+            copy_data(base, &self.file)?;
+        }
+        Ok(self)
+    }
+
+    /// Copies what the guest has written on top of that.
+    fn private(self, mapped: Mapped) -> io::Result<Copy> {
+        mapped.copy_private(&self.file, self.base.is_none())?;
+        Ok(self)
+    }
+}
+
+fn open_memory(path: &Path) -> Result<File, VmError> {
+    File::open(path).map_err(|error| {
+        let doing = format!("open the memory {}", path.display());
+        VmError::new(VmErrorKind::Host, doing, error)
+    })
 }
 
 fn doing(verb: &str, name: &str) -> String {

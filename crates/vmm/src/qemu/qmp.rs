@@ -33,20 +33,31 @@ pub(super) enum Command {
     Stop,
     /// Let them go on.
     Cont,
-    /// Prepare for saving or loading state. Both sides have to be told the same.
+    /// Write the state of CPUs and devices, without memory, to the descriptor that comes along.
+    KeepSaveFile,
+    /// Do that.
+    SaveDevices,
+    /// Let go of that descriptor.
+    DropSaveFile,
+    /// Tell the end of a transfer without being asked for.
     SetMigration,
     /// Keep the descriptor that comes along under a name.
     KeepFile,
-    /// Save the state to the descriptor that was kept.
-    Migrate,
-    /// Load it from there.
+    /// Load the state from there.
     MigrateIncoming,
-    /// How the last saving went.
+    /// How the last loading went.
     QueryMigrate,
+    /// Where in the VMM's own memory the guest's begins.
+    AddressOfMemory,
 }
 
-/// The name of the descriptor that is passed. Not a digit first, which would be a number of QEMU's.
+/// The name of the descriptor that is loaded from. Not a digit first, which would be a number of
+/// QEMU's.
 const FILE: &str = "state";
+
+/// The set of one descriptor that is saved to, and its name as a path.
+const SAVE_SET: u32 = 1;
+const SAVE_PATH: &str = "/dev/fdset/1";
 
 impl Command {
     fn name(self) -> &'static str {
@@ -54,27 +65,29 @@ impl Command {
             Command::Capabilities => "qmp_capabilities",
             Command::Stop => "stop",
             Command::Cont => "cont",
+            Command::KeepSaveFile => "add-fd",
+            Command::SaveDevices => "xen-save-devices-state",
+            Command::DropSaveFile => "remove-fd",
             Command::SetMigration => "migrate-set-capabilities",
             Command::KeepFile => "getfd",
-            Command::Migrate => "migrate",
             Command::MigrateIncoming => "migrate-incoming",
             Command::QueryMigrate => "query-migrate",
+            Command::AddressOfMemory => "human-monitor-command",
         }
     }
 
     fn arguments(self) -> Option<Value> {
         match self {
             Command::Capabilities | Command::Stop | Command::Cont | Command::QueryMigrate => None,
-            // Memory that is shared with a file is not part of the state, and the end of the
-            // transfer is told without being asked for.
+            Command::KeepSaveFile | Command::DropSaveFile => Some(json!({ "fdset-id": SAVE_SET })),
+            // Not `live`, which would take the disks away from this machine.
+            Command::SaveDevices => Some(json!({ "filename": SAVE_PATH, "live": false })),
             Command::SetMigration => Some(json!({ "capabilities": [
-                { "capability": "x-ignore-shared", "state": true },
                 { "capability": "events", "state": true },
             ] })),
             Command::KeepFile => Some(json!({ "fdname": FILE })),
-            Command::Migrate | Command::MigrateIncoming => {
-                Some(json!({ "uri": format!("fd:{FILE}") }))
-            }
+            Command::MigrateIncoming => Some(json!({ "uri": format!("fd:{FILE}") })),
+            Command::AddressOfMemory => Some(json!({ "command-line": "gpa2hva 0" })),
         }
     }
 }
@@ -186,52 +199,61 @@ impl Monitor {
         in_time(self.converse(command)).await
     }
 
-    /// Stops the virtual CPUs and writes the state of the machine to `file`, all within
+    /// Stops the virtual CPUs and writes the state of CPUs and devices to `file`, all within
     /// [`CONTROL_TIMEOUT`].
     ///
-    /// QEMU would also save a running machine, stopping it itself; but whether it ran is part of the
-    /// state, so that what to do after loading would depend on whether somebody had paused it.
-    /// Stopped first, it is always the same: after loading, the CPUs stand still.
+    /// The command is named after its first user, but needs no Xen: it is the one that leaves
+    /// memory out (QEMU's `qapi/migration.json`). `migrate` would read all of memory, and send every
+    /// page that is not shared with a file. It notes in the state that the machine ran, so whoever
+    /// loads it runs at once, whether this one was paused before or not.
     pub(super) async fn save(&mut self, file: OwnedFd) -> Result<(), QmpError> {
         in_time(async {
             self.converse(Command::Stop).await?;
-            self.move_state(file, Command::Migrate).await
+            self.unsent_file = Some(file);
+            self.converse(Command::KeepSaveFile).await?;
+            let saved = self.converse(Command::SaveDevices).await;
+            self.converse(Command::DropSaveFile).await?;
+            match saved {
+                Err(QmpError::Refused { desc, .. }) => Err(QmpError::Unsaved(desc)),
+                other => other.map(drop),
+            }
         })
         .await
     }
 
-    /// Reads the state that [`Monitor::save`] wrote and lets the virtual CPUs go on, all within
+    /// Reads the state that [`Monitor::save`] wrote and lets the virtual CPUs run, all within
     /// [`CONTROL_TIMEOUT`]. The VMM must have been started to wait for it. It exits if it cannot
     /// make sense of the state.
     pub(super) async fn load(&mut self, file: OwnedFd) -> Result<(), QmpError> {
         in_time(async {
-            self.move_state(file, Command::MigrateIncoming).await?;
-            self.converse(Command::Cont).await.map(drop)
+            self.converse(Command::SetMigration).await?;
+            self.unsent_file = Some(file);
+            self.converse(Command::KeepFile).await?;
+            self.transferred = None;
+            self.converse(Command::MigrateIncoming).await?;
+            let done = loop {
+                match self.transferred {
+                    Some(done) => break done,
+                    None => drop(self.step().await?),
+                }
+            };
+            if done {
+                return Ok(());
+            }
+            // One that cannot load exits instead of answering.
+            let report = self.converse(Command::QueryMigrate).await?;
+            let why = report["error-desc"].as_str();
+            let why = why.unwrap_or("it does not say why");
+            Err(QmpError::Garbage(format!("a state it cannot load: {why}")))
         })
         .await
     }
 
-    async fn move_state(&mut self, file: OwnedFd, command: Command) -> Result<(), QmpError> {
-        self.converse(Command::SetMigration).await?;
-        self.unsent_file = Some(file);
-        self.converse(Command::KeepFile).await?;
-        self.transferred = None;
-        self.converse(command).await?;
-        let done = loop {
-            match self.transferred {
-                Some(done) => break done,
-                None => drop(self.step().await?),
-            }
-        };
-        if done {
-            return Ok(());
-        }
-        // One that cannot load exits instead of answering.
-        let report = self.converse(Command::QueryMigrate).await?;
-        let why = report["error-desc"].as_str();
-        Err(QmpError::Unsaved(
-            why.unwrap_or("it does not say why").to_owned(),
-        ))
+    /// Where in the VMM's own memory the guest's begins.
+    pub(super) async fn address_of_memory(&mut self) -> Result<u64, QmpError> {
+        let answer = self.execute(Command::AddressOfMemory).await?;
+        let text = answer.as_str().unwrap_or_default();
+        address_in(text).ok_or_else(|| QmpError::Garbage(text.to_owned()))
     }
 
     /// Sends a command and waits for its answer.
@@ -432,6 +454,12 @@ async fn in_time<T>(work: impl Future<Output = Result<T, QmpError>>) -> Result<T
     timed.unwrap_or(Err(QmpError::Timeout))
 }
 
+/// The address in QEMU's answer, `Host virtual address for 0x0 (ram) is 0x7f12c7e00000`.
+fn address_in(text: &str) -> Option<u64> {
+    let word = text.trim_end().rsplit_once(" is 0x")?.1;
+    u64::from_str_radix(word, 16).ok()
+}
+
 /// A socket pair fails when the other end is gone, and for no other reason that a caller could do
 /// something about. tokio has repeated what a signal interrupted.
 fn closed(_: io::Error) -> QmpError {
@@ -582,46 +610,53 @@ mod tests {
 
     #[test]
     fn the_state_is_moved_when_the_vmm_says_so() {
-        let (mut monitor, peer) = vmm(GREETING, |id, command| {
-            let (setup, completed) = (migration("setup"), migration("completed"));
-            Some(match command {
-                // The end may be told before the answer, or after it.
-                "migrate" => format!("{setup}\r\n{completed}\r\n{}", done(id)),
-                "migrate-incoming" => format!("{setup}\r\n{}\r\n{completed}", done(id)),
-                _ => done(id),
-            })
-        });
-        run(async {
-            monitor.save(file()).await.expect("save");
-            monitor.load(file()).await.expect("load");
-        });
-        drop(monitor);
-        let commands = peer.join().expect("the peer");
-        let expected = [
-            "qmp_capabilities",
-            "stop",
-            "migrate-set-capabilities",
-            "getfd",
-            "migrate",
-            "migrate-set-capabilities",
-            "getfd",
-            "migrate-incoming",
-            "cont",
-        ];
-        assert_eq!(commands, expected);
+        // The end may be told before the answer, or after it.
+        for early in [true, false] {
+            let (mut monitor, peer) = vmm(GREETING, move |id, command| {
+                let (setup, completed) = (migration("setup"), migration("completed"));
+                Some(match command {
+                    "migrate-incoming" if early => {
+                        format!("{setup}\r\n{completed}\r\n{}", done(id))
+                    }
+                    "migrate-incoming" => format!("{setup}\r\n{}\r\n{completed}", done(id)),
+                    _ => done(id),
+                })
+            });
+            run(async {
+                monitor.save(file()).await.expect("save");
+                monitor.load(file()).await.expect("load");
+            });
+            drop(monitor);
+            let commands = peer.join().expect("the peer");
+            let expected = [
+                "qmp_capabilities",
+                "stop",
+                "add-fd",
+                "xen-save-devices-state",
+                "remove-fd",
+                "migrate-set-capabilities",
+                "getfd",
+                "migrate-incoming",
+            ];
+            assert_eq!(commands, expected);
+        }
     }
 
     #[test]
     fn a_state_that_cannot_be_moved_is_told_with_the_reason() {
-        let (mut monitor, _peer) = vmm(GREETING, |id, command| match command {
-            "migrate" => Some(format!("{}\r\n{}", done(id), migration("failed"))),
-            "query-migrate" => Some(format!(
-                r#"{{"return": {{"status": "failed", "error-desc": "disk full"}}, "id": {id}}}"#
-            )),
-            _ => Some(done(id)),
+        let (mut monitor, peer) = vmm(GREETING, |id, command| {
+            Some(match command {
+                "xen-save-devices-state" => format!(
+                    r#"{{"error": {{"class": "GenericError", "desc": "disk full"}}, "id": {id}}}"#
+                ),
+                _ => done(id),
+            })
         });
         let error = run(monitor.save(file())).expect_err("failed");
         assert_eq!(error.to_string(), "it could not save its state: disk full");
+        drop(monitor);
+        let commands = peer.join().expect("the peer");
+        assert_eq!(commands.last().map(String::as_str), Some("remove-fd"));
 
         // One that cannot load its state is gone with the next question.
         let (mut monitor, _peer) = vmm(GREETING, |id, command| match command {
@@ -631,6 +666,28 @@ mod tests {
         });
         let error = run(monitor.load(file())).expect_err("failed");
         assert!(matches!(error, QmpError::Closed), "{error:?}");
+    }
+
+    #[test]
+    fn the_address_of_memory_is_read() {
+        let (mut monitor, _peer) = vmm(GREETING, |id, command| {
+            Some(match command {
+                "human-monitor-command" => format!(
+                    r#"{{"return": "Host virtual address for 0x0 (ram) is 0x7f12c7e00000\r\n", "id": {id}}}"#
+                ),
+                _ => done(id),
+            })
+        });
+        let address = run(monitor.address_of_memory()).expect("an address");
+        assert_eq!(address, 0x7f12_c7e0_0000);
+        for wrong in [
+            "",
+            "No memory is mapped at address 0x0",
+            "it is 0x",
+            "is 0xg",
+        ] {
+            assert_eq!(address_in(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
