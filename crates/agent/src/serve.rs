@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::time::ClockId;
 use smolvm_proto::limits::STREAMS_MAX;
 use smolvm_proto::message::{Event, Failure, FailureKind};
-use smolvm_proto::version::{Hello, VERSION_MAX, VERSION_MIN};
+use smolvm_proto::version::{Hello, Nonce, VERSION_MAX, VERSION_MIN};
 use smolvm_proto::{Channel, Decoder, Frame, FrameError, Kind, Request};
 
 use crate::cgroup::Cgroups;
@@ -72,7 +72,10 @@ enum Ended {
     /// The host closed its end.
     Closed,
     /// The host said Hello: it is new here.
-    NewHost,
+    NewHost {
+        nonce: Option<Nonce>,
+        keep_commands: bool,
+    },
     /// The host sent what is not a frame.
     Garbage(FrameError),
 }
@@ -83,12 +86,17 @@ enum Ended {
 /// snapshot has said Hello to another host, and of a port that is closed and opened again within a
 /// moment the kernel tells nothing. So a host may say Hello at any time, and is answered with one.
 /// Each Hello of ours is a beginning: all streams before it are over.
+///
+/// A host that joins a restored machine knows the answer to its own Hello by the nonce in it, and
+/// drops what arrives before ([`smolvm_proto::rejoin`]). It may let the commands of its predecessor
+/// live on: their sessions go on with nobody listening, see [`Stream::deliver_detach`].
 pub(crate) fn until_closed(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) {
     let mut decoder = Decoder::new();
+    let mut nonce = None;
     loop {
-        match connection(agent, fd, &mut decoder) {
+        match connection(agent, fd, &mut decoder, nonce.take()) {
             Ended::Closed => return,
-            Ended::NewHost => {}
+            Ended::NewHost { nonce: theirs, .. } => nonce = theirs,
             Ended::Garbage(error) => {
                 console::say(&format!("the host sent what is not a frame: {error}"));
                 // Where the next frame starts is unknown, so all that has arrived is dropped.
@@ -100,21 +108,39 @@ pub(crate) fn until_closed(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) {
     }
 }
 
-/// Says Hello and serves until something ends the connection. Every stream is over then.
-fn connection(agent: &Arc<Agent>, fd: &Arc<OwnedFd>, decoder: &mut Decoder) -> Ended {
+/// Says Hello, in answer to the one that gave `nonce`, and serves until something ends the
+/// connection. Every stream is over then.
+fn connection(
+    agent: &Arc<Agent>,
+    fd: &Arc<OwnedFd>,
+    decoder: &mut Decoder,
+    nonce: Option<Nonce>,
+) -> Ended {
     let connection = Connection {
         agent: Arc::clone(agent),
         port: Arc::new(Port::new(Arc::clone(fd))),
         streams: Arc::new(Streams::default()),
     };
-    let hello = Frame::message(0, Kind::Hello, &hello());
+    let hello = Frame::message(0, Kind::Hello, &hello(nonce));
     let ended = match connection.port.send(&hello.to_bytes()) {
         Ok(()) => connection.serve(fd, decoder),
         Err(_) => Ended::Closed,
     };
+    let keep_commands = matches!(
+        ended,
+        Ended::NewHost {
+            keep_commands: true,
+            ..
+        }
+    );
+    if keep_commands {
+        // Before the port is given up, so that no session finds it gone without knowing why.
+        let mut streams = connection.streams.lock();
+        streams.retain(|_, stream| !stream.deliver_detach());
+    }
     match &ended {
         Ended::Closed => connection.port.abandon(),
-        Ended::NewHost | Ended::Garbage(_) => connection.port.close(),
+        Ended::NewHost { .. } | Ended::Garbage(_) => connection.port.close(),
     }
     for (_, stream) in connection.streams.lock().drain() {
         stream.deliver_reset();
@@ -122,7 +148,7 @@ fn connection(agent: &Arc<Agent>, fd: &Arc<OwnedFd>, decoder: &mut Decoder) -> E
     ended
 }
 
-fn hello() -> Hello {
+fn hello(nonce: Option<Nonce>) -> Hello {
     let uptime = rustix::time::clock_gettime(ClockId::Boottime);
     Hello {
         version_min: VERSION_MIN,
@@ -133,6 +159,8 @@ fn hello() -> Hello {
             .to_string_lossy()
             .into_owned(),
         uptime_ms: facts::milliseconds(uptime),
+        nonce,
+        keep_commands: None,
     }
 }
 
@@ -165,7 +193,12 @@ impl Connection {
             loop {
                 match decoder.next_frame() {
                     Ok(Some(frame)) if frame.stream == 0 && frame.kind == Kind::Hello => {
-                        return Ended::NewHost;
+                        let hello = frame.decode::<Hello>().ok();
+                        return Ended::NewHost {
+                            nonce: hello.as_ref().and_then(|hello| hello.nonce),
+                            keep_commands: hello
+                                .is_some_and(|hello| hello.keep_commands == Some(true)),
+                        };
                     }
                     Ok(Some(frame)) => {
                         if self.take(frame) == Late::Full {
@@ -291,7 +324,8 @@ impl Connection {
                 too_many(format!("{STREAMS_MAX} streams are open already")),
             );
         }
-        let stream = match Stream::new(id, Arc::clone(&self.port)) {
+        let is_command = matches!(request, Request::Exec(_));
+        let stream = match Stream::new(id, is_command, Arc::clone(&self.port)) {
             Ok(stream) => Arc::new(stream),
             Err(error) => {
                 drop(streams);

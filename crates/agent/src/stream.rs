@@ -20,6 +20,7 @@ const CONTROLS_MAX: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) id: u32,
+    is_command: bool,
     port: Arc<Port>,
     /// Readable when the mailbox changed in a way its session may wait for.
     wake: OwnedFd,
@@ -37,6 +38,8 @@ pub(crate) struct Mailbox {
     pub(crate) controls: VecDeque<Control>,
     /// Whether nobody waits for this stream any more.
     pub(crate) reset: bool,
+    /// Whether nobody hears this stream any more, but its command lives on.
+    detached: bool,
     /// How the command ended, once the reaper knows.
     pub(crate) exit: Option<Exit>,
     receive: ReceiveWindow,
@@ -56,6 +59,8 @@ impl Mailbox {
     /// Bytes that may be sent on `channel` now.
     pub(crate) fn credit(&self, channel: Channel) -> usize {
         match channel {
+            // What nobody hears needs no credit.
+            _ if self.detached => usize::MAX,
             Channel::Output => self.output.available() as usize,
             Channel::Error => self.error.available() as usize,
             Channel::Input => 0,
@@ -68,9 +73,10 @@ impl Mailbox {
 pub(crate) struct Broken;
 
 impl Stream {
-    pub(crate) fn new(id: u32, port: Arc<Port>) -> rustix::io::Result<Self> {
+    pub(crate) fn new(id: u32, is_command: bool, port: Arc<Port>) -> rustix::io::Result<Self> {
         Ok(Self {
             id,
+            is_command,
             port,
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             mailbox: Mutex::new(Mailbox::default()),
@@ -162,6 +168,17 @@ impl Stream {
         self.wake();
     }
 
+    /// Notes that nobody hears this stream any more and that its command is to live on: what it
+    /// writes is dropped, its standard input stays open though nothing more comes, and its deadline
+    /// holds. Returns whether it has a command; a stream without one is left as it is.
+    pub(crate) fn deliver_detach(&self) -> bool {
+        if self.is_command {
+            self.mailbox().detached = true;
+            self.wake();
+        }
+        self.is_command
+    }
+
     /// Notes how the command ended. Called by the reaper.
     pub(crate) fn deliver_exit(&self, exit: Exit) {
         self.mailbox().exit = Some(exit);
@@ -183,10 +200,27 @@ impl Stream {
     }
 
     fn send(&self, frame: &Frame) -> Result<(), Gone> {
-        if self.mailbox().reset {
+        let mailbox = self.mailbox();
+        if mailbox.reset {
             return Err(Gone);
         }
-        self.port.send(&frame.to_bytes())
+        if mailbox.detached {
+            return Ok(());
+        }
+        drop(mailbox);
+        self.unless_detached(self.port.send(&frame.to_bytes()))
+    }
+
+    /// What came of sending. A port that was given up while this waited for it stops no command that
+    /// is to live on.
+    fn unless_detached(&self, sent: Result<(), Gone>) -> Result<(), Gone> {
+        sent.or_else(|gone| {
+            if self.mailbox().detached {
+                Ok(())
+            } else {
+                Err(gone)
+            }
+        })
     }
 
     /// Sends bytes the caller has seen credit for, at most [`DATA_BYTES_MAX`].
@@ -198,11 +232,14 @@ impl Stream {
         if mailbox.reset {
             return Err(Gone);
         }
+        if mailbox.detached {
+            return Ok(());
+        }
         if let Some(window) = mailbox.window(channel) {
             window.sent(length);
         }
         drop(mailbox);
-        self.port.send_data(self.id, channel, payload)
+        self.unless_detached(self.port.send_data(self.id, channel, payload))
     }
 
     /// Sends bytes as credit comes in. For sessions that have nothing else to attend to.
@@ -264,9 +301,11 @@ impl Stream {
     /// Only [`crate::serve`] calls this, after it has forgotten the stream.
     pub(crate) fn send_last(&self, channels: &[Channel], event: &Event) {
         debug_assert!(event.is_terminal());
-        if self.mailbox().reset {
+        let mailbox = self.mailbox();
+        if mailbox.reset || mailbox.detached {
             return;
         }
+        drop(mailbox);
         let mut bytes = Vec::new();
         for channel in channels {
             Frame::bare(self.id, Kind::Eof, *channel).write_to(&mut bytes);

@@ -510,6 +510,8 @@ fn a_hosts_hello_is_answered_and_starts_afresh() {
             agent: "a host".to_owned(),
             kernel: String::new(),
             uptime_ms: 0,
+            nonce: None,
+            keep_commands: None,
         },
     );
     // A host that finds the guest running, as after a restore, has heard nothing yet.

@@ -29,6 +29,8 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
         agent: "fake".to_owned(),
         kernel: "fake".to_owned(),
         uptime_ms: 0,
+        nonce: None,
+        keep_commands: None,
     };
     let say = |frame: Frame, channel: &mut std::os::unix::net::UnixStream| {
         let _ = channel.write_all(&frame.to_bytes());
@@ -39,6 +41,16 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
     while let Ok(count @ 1..) = machine.channel.read(&mut buffer) {
         decoder.feed(&buffer[..count]);
         while let Ok(Some(frame)) = decoder.next_frame() {
+            if frame.kind == Kind::Hello {
+                let answer = Hello {
+                    nonce: frame.decode::<Hello>().ok().and_then(|hello| hello.nonce),
+                    ..hello.clone()
+                };
+                say(
+                    Frame::message(0, Kind::Hello, &answer),
+                    &mut machine.channel,
+                );
+            }
             if frame.kind != Kind::Open {
                 continue;
             }

@@ -1,8 +1,8 @@
 //! Making a template, and waking a copy of one.
 //!
 //! A template is saved when its agent has said Hello and has run one command, so that what every
-//! first command needs is in its memory. A copy wakes with an agent that has said Hello to a host
-//! that is gone; told Hello, it says it again, and everything after is as after a boot.
+//! first command needs is in its memory. A copy wakes with an agent that was talking to another host;
+//! told Hello, it says it again, and everything after is as after a boot ([`smolvm_proto::rejoin`]).
 
 use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -10,9 +10,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use smolvm_engine::launch::Launch;
+use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
-use smolvm_proto::version::{Hello, VERSION_MAX, VERSION_MIN};
-use smolvm_proto::{Decoder, Frame, Kind};
+use smolvm_proto::version::{Hello, Nonce};
+use smolvm_proto::{Decoder, Frame, Kind, Rejoin};
 use smolvm_vmm::{Backend, Vm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -51,7 +52,8 @@ impl Started {
     }
 }
 
-/// Restores a copy of a template and hears its guest's Hello.
+/// Restores a machine that was saved and hears its guest's Hello. Commands that ran when it was saved
+/// live on in the copy.
 pub(crate) async fn wake(
     backend: &dyn Backend,
     launch: &Launch,
@@ -60,15 +62,7 @@ pub(crate) async fn wake(
     let started = Started::new(backend.restore(&launch.vm, state).await?);
     let talk = async {
         let mut link = Link::new(started.channel)?;
-        let hello = Hello {
-            version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
-            agent: String::new(),
-            kernel: String::new(),
-            uptime_ms: 0,
-        };
-        link.say(&Frame::message(0, Kind::Hello, &hello)).await?;
-        let greeting = link.hear(Kind::Hello).await?;
+        let greeting = link.rejoin().await?;
         Ok::<_, std::io::Error>((link.into_std()?, greeting))
     };
     let limit = WAKE_TIME.min(Duration::from_millis(launch.boot_timeout_ms));
@@ -180,6 +174,27 @@ impl Link {
 
     async fn say(&mut self, frame: &Frame) -> std::io::Result<()> {
         self.socket.write_all(&frame.to_bytes()).await
+    }
+
+    /// Takes up the conversation with a guest that was in one with another host.
+    async fn rejoin(&mut self) -> std::io::Result<Frame> {
+        let mut nonce = Nonce::from([0; NONCE_BYTES]);
+        rustix::rand::getrandom(&mut nonce[..], rustix::rand::GetRandomFlags::empty())?;
+        let hello = Hello::of_host(nonce, true);
+        self.say(&Frame::message(0, Kind::Hello, &hello)).await?;
+        let mut rejoin = Rejoin::new(nonce);
+        let mut buffer = [0; 4096];
+        loop {
+            match self.socket.read(&mut buffer).await? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                count => {
+                    if let Some((answer, decoder)) = rejoin.feed(&buffer[..count]) {
+                        self.decoder = decoder;
+                        return Ok(answer);
+                    }
+                }
+            }
+        }
     }
 
     /// Waits for a frame of this kind; others are dropped.

@@ -9,10 +9,10 @@ use std::fmt::Debug;
 use minicbor::{Decode, Encode};
 use smolvm_proto::flow::{ReceiveWindow, SendWindow};
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest};
-use smolvm_proto::limits::{HEADER_BYTES, PAYLOAD_BYTES_MAX, WINDOW_BYTES};
+use smolvm_proto::limits::{HEADER_BYTES, NONCE_BYTES, PAYLOAD_BYTES_MAX, WINDOW_BYTES};
 use smolvm_proto::message::{Control, Event, Request};
-use smolvm_proto::version::Hello;
-use smolvm_proto::{Decoder, Frame, Kind};
+use smolvm_proto::version::{Hello, Nonce};
+use smolvm_proto::{Decoder, Frame, Kind, Rejoin};
 
 /// Takes `input` as what a hostile peer sent.
 ///
@@ -20,7 +20,8 @@ use smolvm_proto::{Decoder, Frame, Kind};
 ///
 /// If a rule of the protocol does not hold: frames are the same however the bytes are cut, a frame
 /// that was read is written as the bytes it came from, a message that was read survives being
-/// written and read again, and no count passes its bound.
+/// written and read again, a Hello that is waited for is found behind anything, and no count passes
+/// its bound.
 pub(crate) fn wire(input: &[u8]) {
     let whole = frames(input, input.len().max(1));
     assert_eq!(whole, frames(input, 1), "cut into single bytes");
@@ -49,6 +50,21 @@ pub(crate) fn wire(input: &[u8]) {
         input.starts_with(&written),
         "frames are not the bytes they came from"
     );
+    rejoin(input);
+}
+
+/// Whatever was on its way to another host, the answer to a new one is found behind it.
+fn rejoin(input: &[u8]) {
+    let nonce = Nonce::from([0x5a; NONCE_BYTES]);
+    let answer = Frame::message(0, Kind::Hello, &Hello::of_host(nonce, false));
+    let wire = [input, &answer.to_bytes()].concat();
+    for step in [1, 7, wire.len()] {
+        let mut rejoin = Rejoin::new(nonce);
+        let found = wire.chunks(step).find_map(|part| rejoin.feed(part));
+        let (frame, decoder) = found.expect("the answer is found");
+        assert_eq!(frame, answer);
+        assert_eq!(decoder.pending(), 0, "nothing follows it");
+    }
 }
 
 /// The frames at the beginning of `input`, up to the first that is none, with the bytes arriving

@@ -16,13 +16,18 @@
 //! of [`message::Event`]s; one for which [`message::Event::is_terminal`] holds is the last frame of
 //! that stream. The host may send [`frame::Kind::Reset`] at any time to say that nobody waits any
 //! more; the guest then stops the work and frees the stream without a further word.
+//!
+//! A machine that was saved and is restored goes on in the middle of a conversation with a host that
+//! is not there. How the next host takes it up is told in [`rejoin`].
 
 pub mod flow;
 pub mod frame;
 pub mod keeper;
 pub mod limits;
 pub mod message;
+pub mod rejoin;
 pub mod version;
 
 pub use frame::{Channel, Decoder, Frame, FrameError, Header, Kind};
 pub use message::{Event, Request};
+pub use rejoin::Rejoin;

@@ -17,6 +17,15 @@ pub const WINDOW_BYTES: u32 = 256 * 1024;
 /// Streams that may be open at one time on one connection to a guest.
 pub const STREAMS_MAX: usize = 1024;
 
+/// Bytes of [`crate::version::Hello::nonce`]: 128 random bits, which nobody guesses and no two hosts
+/// choose alike.
+pub const NONCE_BYTES: usize = 16;
+
+/// Bytes of payload in a Hello. Its longest part is the kernel's release, at most 64 bytes (uname(2)).
+///
+/// A host that looks for one among bytes it cannot read holds this much and no more.
+pub const HELLO_BYTES_MAX: usize = 1024;
+
 /// Directory entries in one [`crate::message::Event::Entries`].
 pub const ENTRIES_MAX: usize = 128;
 

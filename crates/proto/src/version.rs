@@ -4,14 +4,21 @@
 //! The agent therefore never adapts: it says what it speaks, and the host speaks the highest
 //! version both know, or refuses with both ranges in the message.
 
+use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
+
+use crate::limits::NONCE_BYTES;
 
 /// Lowest version this code speaks.
 pub const VERSION_MIN: u32 = 1;
 /// Highest version this code speaks.
 pub const VERSION_MAX: u32 = 1;
 
-/// First frame of the guest, when it is ready to serve.
+/// Bytes by which a host knows the answer to its own Hello.
+pub type Nonce = ByteArray<NONCE_BYTES>;
+
+/// First frame of the guest, when it is ready to serve. Also said by a host that joins a guest which
+/// runs already, and answered with another (see [`crate::rejoin`]).
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Hello {
     /// Lowest protocol version spoken.
@@ -29,6 +36,31 @@ pub struct Hello {
     /// Milliseconds from the kernel's start to this frame, by the guest's clock.
     #[n(4)]
     pub uptime_ms: u64,
+    /// From a host: bytes that nobody could guess. From the guest: those of the Hello that this one
+    /// answers; absent if it answers none.
+    #[n(5)]
+    pub nonce: Option<Nonce>,
+    /// From a host: whether commands that earlier hosts started live on, with nobody hearing them.
+    /// They are killed if this is false or absent. A request of another kind ends either way.
+    #[n(6)]
+    pub keep_commands: Option<bool>,
+}
+
+impl Hello {
+    /// What a host says to a guest that runs already. `nonce` must be fresh random bytes: by them
+    /// the host knows the answer ([`crate::Rejoin`]).
+    #[must_use]
+    pub fn of_host(nonce: Nonce, keep_commands: bool) -> Self {
+        Self {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            agent: String::new(),
+            kernel: String::new(),
+            uptime_ms: 0,
+            nonce: Some(nonce),
+            keep_commands: Some(keep_commands),
+        }
+    }
 }
 
 /// The two ends have no version in common.

@@ -16,7 +16,7 @@ use smolvm_proto::message::{
     ExtractRequest, Facts, Failure, FailureKind, ListRequest, Request, ShutdownRequest, Started,
     WindowSize,
 };
-use smolvm_proto::version::Hello;
+use smolvm_proto::version::{Hello, Nonce};
 use smolvm_proto::{Channel, Decoder, Frame, Kind};
 
 const RECORDED: &str = include_str!("golden/v1.txt");
@@ -362,7 +362,25 @@ fn hello() -> Hello {
         agent: "0.1.0".to_owned(),
         kernel: "6.1.0".to_owned(),
         uptime_ms: 1_500,
+        nonce: None,
+        keep_commands: None,
     }
+}
+
+/// What a host says to a guest that runs already, and the guest's answer.
+fn rejoining() -> [(&'static str, Hello); 3] {
+    let nonce = Nonce::from(*b"\x00\x01not guessable\xff");
+    [
+        ("hello.host.keep", Hello::of_host(nonce, true)),
+        ("hello.host.kill", Hello::of_host(nonce, false)),
+        (
+            "hello.answer",
+            Hello {
+                nonce: Some(nonce),
+                ..hello()
+            },
+        ),
+    ]
 }
 
 fn frames() -> Vec<(&'static str, Frame)> {
@@ -412,6 +430,9 @@ fn version_1_is_as_recorded() {
         wrong: Vec::new(),
     };
     check.message("hello", &hello());
+    for (name, value) in rejoining() {
+        check.message(name, &value);
+    }
     for (name, value) in requests() {
         check.message(name, &value);
     }
@@ -465,7 +486,8 @@ where
 
 #[test]
 fn a_field_this_version_does_not_know_is_skipped() {
-    skips_a_field_more(&hello());
+    let [(_, host), ..] = rejoining();
+    skips_a_field_more(&host);
     skips_a_field_more(&SIZE);
     skips_a_field_more(&Started { pid: 1 });
     skips_a_field_more(&Exited {
@@ -510,6 +532,12 @@ fn an_optional_field_a_peer_does_not_know_is_absent() {
     assert_eq!(birth.hostname, "box");
     assert_eq!(birth.cwd, None);
     assert_eq!(birth.user, None);
+    // A Hello from before hosts gave a nonce.
+    let bare = &recorded()["hello"];
+    assert_eq!(
+        minicbor::decode::<Hello>(bare).expect("well formed"),
+        hello()
+    );
 }
 
 #[test]

@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{
     ArchiveRequest, Event, ExecRequest, Exited, ExtractRequest, Failure, FailureKind,
 };
-use smolvm_proto::version::Hello;
-use smolvm_proto::{Channel, Decoder, Frame, Kind, Request};
+use smolvm_proto::version::{Hello, Nonce};
+use smolvm_proto::{Channel, Decoder, Frame, Kind, Rejoin, Request};
 
 /// How long anything may take before a test gives up. No test waits for it when all is well.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -114,6 +115,53 @@ impl Guest {
         frame.decode().expect("a Hello")
     }
 
+    /// Becomes another host, which has heard nothing so far, and hears the answer to its Hello.
+    /// Returns how many bytes came before that.
+    pub(crate) fn rejoin(&mut self, keep_commands: bool) -> usize {
+        let mut nonce = Nonce::from([0; NONCE_BYTES]);
+        rustix::rand::getrandom(&mut nonce[..], rustix::rand::GetRandomFlags::empty())
+            .expect("random bytes");
+        self.frames.clear();
+        let hello = Hello::of_host(nonce, keep_commands);
+        self.send(&Frame::message(0, Kind::Hello, &hello));
+        let mut rejoin = Rejoin::new(nonce);
+        let mut before = 0;
+        loop {
+            let bytes = self.read();
+            before += bytes.len();
+            if let Some((answer, decoder)) = rejoin.feed(&bytes) {
+                assert_eq!(decoder.pending(), 0, "nothing is said unasked");
+                self.decoder = decoder;
+                return before - answer.to_bytes().len();
+            }
+        }
+    }
+
+    fn read(&mut self) -> Vec<u8> {
+        self.read_at_most(64 * 1024)
+    }
+
+    /// Reads `step` bytes at a time until some of a frame were read, but not all of it.
+    pub(crate) fn read_into_a_frame(&mut self, step: usize) {
+        loop {
+            let bytes = self.read_at_most(step);
+            self.decoder.feed(&bytes);
+            while self.decoder.next_frame().expect("a frame").is_some() {}
+            if self.decoder.pending() > 0 {
+                return;
+            }
+        }
+    }
+
+    fn read_at_most(&mut self, bytes: usize) -> Vec<u8> {
+        let mut buffer = vec![0; bytes];
+        let socket = self.socket.as_mut().expect("open");
+        let length = socket.read(&mut buffer).expect("the agent answers");
+        assert_ne!(length, 0, "the agent closed the socket");
+        buffer.truncate(length);
+        buffer
+    }
+
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
         let socket = self.socket.as_mut().expect("open");
         socket.write_all(bytes).expect("the agent reads");
@@ -154,11 +202,8 @@ impl Guest {
     }
 
     fn receive(&mut self) {
-        let mut buffer = [0; 64 * 1024];
-        let socket = self.socket.as_mut().expect("open");
-        let length = socket.read(&mut buffer).expect("the agent answers");
-        assert_ne!(length, 0, "the agent closed the socket");
-        self.decoder.feed(&buffer[..length]);
+        let bytes = self.read();
+        self.decoder.feed(&bytes);
         while let Some(frame) = self.decoder.next_frame().expect("a frame") {
             self.frames
                 .entry(frame.stream)
