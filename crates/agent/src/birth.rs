@@ -1,6 +1,9 @@
 //! Making a machine this one and no other: name, clock, randomness, defaults.
 
+use std::path::Path;
+
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec};
 use smolvm_proto::message::{Birth, Failure, FailureKind};
 
@@ -10,6 +13,13 @@ use crate::serve::Agent;
 use crate::stream::Last;
 use crate::sys;
 use std::os::fd::AsFd;
+
+/// Replaced where the image has one (machine-id(5)); one that has none gets none.
+const MACHINE_ID: &str = "/etc/machine-id";
+
+/// Changes each time the machine becomes another one.
+const GENERATION: &str = "/run/smolvm/generation";
+const GENERATION_DIR: &str = "/run/smolvm";
 
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const HOSTNAME_BYTES_MAX: usize = 64;
@@ -21,14 +31,9 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
     if agent.disks.is_some() {
         set_clock(request.wall_clock_ns)?;
         add_entropy(&request.entropy)?;
-        rustix::system::sethostname(request.hostname.as_bytes())
-            .map_err(|errno| from_errno("setting the host name", errno))?;
-        write("/etc/hostname", &format!("{}\n", request.hostname))?;
-        let hosts = std::fs::read("/etc/hosts")
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default();
-        write("/etc/hosts", &hosts_with(&hosts, &request.hostname))?;
-        renew_machine_id()?;
+        if request.same != Some(true) {
+            become_another(&request.hostname)?;
+        }
     }
     agent.set_defaults(Defaults {
         env: request.env.clone(),
@@ -36,6 +41,31 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
         user: request.user.clone(),
     });
     Ok(Last::done())
+}
+
+/// Name and identifiers, and word of them to whoever watches.
+fn become_another(name: &str) -> Result<(), Failure> {
+    rustix::system::sethostname(name.as_bytes())
+        .map_err(|errno| from_errno("setting the host name", errno))?;
+    write("/etc/hostname", &format!("{name}\n"))?;
+    let hosts = std::fs::read("/etc/hosts")
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default();
+    let new = hosts_with(&hosts, name);
+    if new != hosts {
+        write("/etc/hosts", &new)?;
+    }
+    if Path::new(MACHINE_ID).exists() {
+        write(MACHINE_ID, &format!("{}\n", random_id()?))?;
+    }
+    // Programs that keep randomness of their own cannot be told otherwise: the kernel's generator is
+    // renewed above, theirs is a copy of another machine's. Whoever watches this file (inotify(7))
+    // learns that the machine has become another one.
+    match rustix::fs::mkdir(GENERATION_DIR, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(from_errno(&format!("making {GENERATION_DIR}"), errno)),
+    }
+    write(GENERATION, &format!("{}\n", random_id()?))
 }
 
 /// What hostname(7) allows, so that the name cannot break the files it is written to.
@@ -80,27 +110,18 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Failure> {
         Mode::empty(),
     )
     .map_err(|errno| from_errno(doing, errno))?;
-    if sys::add_entropy(random.as_fd(), bytes).is_ok() {
-        return Ok(());
-    }
-    // Not credited, but mixed in all the same (random(4)).
-    rustix::io::write(&random, bytes)
-        .map(drop)
-        .map_err(|errno| from_errno(doing, errno))
+    // A mere write would be mixed in some time later, and until then copies of one machine would have
+    // the same random numbers (random(4)). Such a machine must not be used.
+    sys::add_entropy(random.as_fd(), bytes).map_err(|errno| from_errno(doing, errno))
 }
 
-/// Gives the machine an identifier of its own, where the image has one to replace (machine-id(5)).
-/// The kernel's generator has the host's bytes by now, so copies of one snapshot differ.
-fn renew_machine_id() -> Result<(), Failure> {
-    let path = "/etc/machine-id";
-    if !std::path::Path::new(path).exists() {
-        return Ok(());
-    }
+/// An identifier in the form of machine-id(5). The kernel's generator has the host's bytes by now, so
+/// copies of one machine differ.
+fn random_id() -> Result<String, Failure> {
     let mut id = [0u8; 16];
     rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| from_errno("asking the kernel for random bytes", errno))?;
-    let text: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-    write(path, &format!("{text}\n"))
+    Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn write(path: &str, text: &str) -> Result<(), Failure> {

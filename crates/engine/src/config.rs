@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Where things are and how to behave. No field has a meaning that depends on another.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Directory of all state: database, images, kernels, sandboxes. Made on first use.
     pub data_dir: PathBuf,
@@ -23,7 +25,7 @@ pub struct Config {
 }
 
 /// How guest instructions are to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum AccelChoice {
     /// Hardware virtualization if a probe shows that it works, else emulation.
     #[default]

@@ -18,11 +18,12 @@ use crate::assets::{Assets, STOCK_KERNEL, Watcher, unknown_image};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
-use crate::launch;
+use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
 use crate::names;
 use crate::plan::{self, HostFacts, Layer};
 use crate::session::Session;
+use crate::snapshots::Saved;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
 use crate::store::{ImageRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
@@ -176,15 +177,15 @@ impl Engine {
         &self.shared.config
     }
 
-    fn os(&self) -> &Os {
+    pub(crate) fn os(&self) -> &Os {
         &self.shared.os
     }
 
-    fn layout(&self) -> &Layout {
+    pub(crate) fn layout(&self) -> &Layout {
         &self.shared.layout
     }
 
-    fn assets(&self) -> Assets<'_> {
+    pub(crate) fn assets(&self) -> Assets<'_> {
         Assets {
             os: &self.shared.os,
             layout: &self.shared.layout,
@@ -193,7 +194,7 @@ impl Engine {
     }
 
     /// The store, made with its directories if it is not there.
-    fn store(&self) -> Result<Store> {
+    pub(crate) fn store(&self) -> Result<Store> {
         let root = self.layout().root();
         let unusable = |error: smolvm_host::HostError| Error::from(error).hint(OTHER_DIRECTORY);
         self.os()
@@ -213,7 +214,9 @@ impl Engine {
             return Ok(Vec::new());
         };
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
-        Ok(rows.into_iter().map(|row| self.describe(row)).collect())
+        // Members of pools are nobody's yet, and what is being removed is nobody's any more.
+        let visible = rows.into_iter().filter(|row| !row.spec.name.is_hidden());
+        Ok(visible.map(|row| self.describe(row)).collect())
     }
 
     /// One sandbox.
@@ -296,7 +299,7 @@ impl Engine {
         }
     }
 
-    fn row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
+    pub(crate) fn row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
         let find = |store: &Store| {
             store
                 .sandbox_named(name)?
@@ -462,26 +465,55 @@ impl Engine {
         })?;
         let kernel = match &spec.kernel {
             Some(file) => self.assets().import_kernel(file)?,
-            None => STOCK_KERNEL.to_owned(),
+            None => self.default_kernel()?,
         };
+        let row = self.insert(&mut store, spec, image.digest, kernel, None)?;
+        Ok(self.describe(row))
+    }
+
+    /// Directory name of the kernel of a sandbox that asks for none.
+    #[expect(
+        clippy::unnecessary_wraps,
+        reason = "looking for a smaller one can fail"
+    )]
+    pub(crate) fn default_kernel(&self) -> Result<String> {
+        Ok(STOCK_KERNEL.to_owned())
+    }
+
+    /// Writes the row of a new sandbox and makes its directory.
+    pub(crate) fn insert(
+        &self,
+        store: &mut Store,
+        spec: &SandboxSpec,
+        image_digest: String,
+        kernel: String,
+        pool: Option<String>,
+    ) -> Result<SandboxRow> {
+        let id = format!("{:016x}", random_u64()?);
+        let mut spec = spec.clone();
+        if pool.is_some() {
+            spec.name = SandboxName::hidden(&id);
+        }
+        let short_lived = spec.ephemeral || pool.is_some();
         let row = SandboxRow {
-            id: format!("{:016x}", random_u64()?),
+            id,
             state: State::Created,
             reason: None,
-            spec: spec.clone(),
-            image_digest: image.digest,
+            spec,
+            image_digest,
             kernel,
             engine: None,
             accel: None,
             created_at: Timestamp::now(),
             started_at: None,
             stopped_at: None,
-            holder: spec.ephemeral.then(myself).transpose()?,
+            holder: short_lived.then(myself).transpose()?,
             vmm: None,
+            pool,
         };
-        if let Some(older) = store.sandbox_named(spec.name.as_str())? {
+        if let Some(older) = store.sandbox_named(row.spec.name.as_str())? {
             // What a crash left must not keep its name.
-            teardown::reconcile_row(self.os(), self.layout(), &mut store, &older)?;
+            teardown::reconcile_row(self.os(), self.layout(), store, &older)?;
         }
         store.insert_sandbox(&row)?;
         let made = self.os().create_dir(
@@ -489,10 +521,10 @@ impl Engine {
             self.layout().sandbox(&row.id).path(),
         );
         if let Err(error) = made {
-            teardown::destroy(self.os(), self.layout(), &mut store, &row.id)?;
+            teardown::destroy(self.os(), self.layout(), store, &row.id)?;
             return Err(error.into());
         }
-        Ok(self.describe(row))
+        Ok(row)
     }
 
     /// Starts a sandbox and waits until its guest serves. One that runs already is connected to. An
@@ -504,6 +536,15 @@ impl Engine {
     /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk,
     /// [`ErrorKind::MissingDependency`]. The sandbox is then off, and can be started again.
     pub async fn start(&self, name: &str) -> Result<(Session, StartTimes)> {
+        self.start_with(name, &Beginning::default()).await
+    }
+
+    /// As [`Engine::start`], from what `beginning` says.
+    pub(crate) async fn start_with(
+        &self,
+        name: &str,
+        beginning: &Beginning<'_>,
+    ) -> Result<(Session, StartTimes)> {
         let begun = Instant::now();
         loop {
             let mut store = self.store()?;
@@ -520,6 +561,12 @@ impl Engine {
                     wait_for_end(&row).await?;
                     continue;
                 }
+                State::Paused => {
+                    return Err(
+                        Error::new(ErrorKind::Busy, format!("sandbox `{name}` is paused"))
+                            .hint(format!("let it go on with `smolvm resume {name}`")),
+                    );
+                }
                 State::Created | State::Stopped | State::Error => {}
             }
             let won = store.begin_start(
@@ -532,7 +579,7 @@ impl Engine {
                 // Another process was faster; see what it made of it.
                 continue;
             }
-            let session = match self.realize(&mut store, &row) {
+            let session = match self.realize(&mut store, &row, beginning) {
                 Ok(session) => session,
                 Err(error) => {
                     store.transition(
@@ -581,7 +628,12 @@ impl Engine {
     }
 
     /// Carries a start out, step by step, up to the keeper that takes over.
-    fn realize(&self, store: &mut Store, row: &SandboxRow) -> Result<Session> {
+    fn realize(
+        &self,
+        store: &mut Store,
+        row: &SandboxRow,
+        beginning: &Beginning<'_>,
+    ) -> Result<Session> {
         let dir = self.layout().sandbox(&row.id);
         // A maker that was killed between the row and the directory leaves a row without one.
         self.os()
@@ -595,13 +647,25 @@ impl Engine {
             Layer::File(path) => !path.exists(),
             Layer::Memory => true,
         };
+        plan.park.clone_from(&beginning.park);
         let mut source = None;
-        if fresh && self.may_restore(row, &facts) {
+        if let Some(snapshot) = beginning.snapshot {
+            snapshot.check(&facts)?;
+            plan.vm.memory = Memory::CopyOf(snapshot.memory());
+            plan.restore = Some(Restore {
+                state: snapshot.state(),
+                or_boot: false,
+            });
+            source = Some(snapshot.disk());
+        } else if fresh && self.may_restore(row, &facts) {
             let disk_mib = matches!(layer, Layer::File(_)).then_some(row.spec.disk_mib);
             match templates::obtain(&self.assets(), &self.config().keeper, &plan, disk_mib) {
                 Ok(template) => {
                     plan.vm.memory = Memory::CopyOf(template.memory());
-                    plan.restore = Some(template.state());
+                    plan.restore = Some(Restore {
+                        state: template.state(),
+                        or_boot: true,
+                    });
                     source = Some(template.disk());
                 }
                 // What stands in the way of a template need not stand in the way of a sandbox.
@@ -657,7 +721,7 @@ impl Engine {
             && row.spec.disk_mode != DiskMode::Shared
     }
 
-    fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
+    pub(crate) fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
         let qemu = self.programs().find("qemu-system-x86_64")?;
         let acceleration = facts::acceleration(store, self.config().accel)?;
         let accel = if acceleration.kvm {
@@ -704,11 +768,15 @@ impl Engine {
                 }
             }
             return {
+                let verb = match state {
+                    State::Paused => "resume",
+                    _ => "start",
+                };
                 let mut error = Error::new(
                     ErrorKind::NotRunning,
                     format!("sandbox `{name}` is not running, it is {state}"),
                 )
-                .hint(format!("start it with `smolvm start {name}`"));
+                .hint(format!("{verb} it with `smolvm {verb} {name}`"));
                 if let Some(reason) = row.reason {
                     error = error.because(reason);
                 }
@@ -717,7 +785,7 @@ impl Engine {
         }
     }
 
-    fn attach(&self, row: &SandboxRow) -> Result<Session> {
+    pub(crate) fn attach(&self, row: &SandboxRow) -> Result<Session> {
         Session::connect(
             row.spec.name.as_str(),
             self.layout().sandbox(&row.id).path(),
@@ -803,7 +871,7 @@ impl Engine {
 
     /// Connects to a sandbox that starts or runs. Its socket appears a moment after its row says
     /// so, and is waited for; `None` if the one who starts it ended first, or the row has moved on.
-    async fn attach_when_there(&self, row: &SandboxRow) -> Result<Option<Session>> {
+    pub(crate) async fn attach_when_there(&self, row: &SandboxRow) -> Result<Option<Session>> {
         let dir = self.layout().sandbox(&row.id);
         // Watched before it is looked for, so that an appearance in between is not missed.
         let watch = launch::watch_socket(&dir)
@@ -835,7 +903,10 @@ impl Engine {
         };
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
         let mut pruned = Vec::new();
-        for row in rows.iter().filter(|row| stopped && !row.state.is_held()) {
+        for row in rows
+            .iter()
+            .filter(|row| stopped && !row.state.is_held() && !row.spec.name.is_hidden())
+        {
             pruned.push(Pruned {
                 kind: "sandbox",
                 name: row.spec.name.to_string(),
@@ -865,11 +936,20 @@ impl Engine {
     }
 }
 
+/// What a start begins from, if not from nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Beginning<'a> {
+    /// A machine that was saved.
+    pub(crate) snapshot: Option<&'a Saved>,
+    /// For a member of a pool, what it is to have run.
+    pub(crate) park: Option<Vec<WarmCommand>>,
+}
+
 /// Most time a keeper may take to switch its machine off and remove it.
-const KEEPER_PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const KEEPER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs what blocks on a thread that may.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
@@ -904,7 +984,7 @@ fn wait_for_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool>
         .map_err(|error| io("could not wait for a sandbox's processes", error.into()))
 }
 
-fn unknown_sandbox(name: &str) -> Error {
+pub(crate) fn unknown_sandbox(name: &str) -> Error {
     Error::new(
         ErrorKind::NotFound,
         format!("there is no sandbox named `{}`", name.escape_debug()),
@@ -913,7 +993,7 @@ fn unknown_sandbox(name: &str) -> Error {
 }
 
 /// An error with its causes on one line.
-fn sentence(error: &Error) -> String {
+pub(crate) fn sentence(error: &Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {
@@ -923,7 +1003,7 @@ fn sentence(error: &Error) -> String {
     text
 }
 
-fn myself() -> Result<ProcessIdentity> {
+pub(crate) fn myself() -> Result<ProcessIdentity> {
     let pid = i32::try_from(std::process::id()).unwrap_or(i32::MAX);
     ProcessIdentity::of(pid)?.ok_or_else(|| {
         Error::new(ErrorKind::Internal, "could not find this process in /proc").hint("mount /proc")
@@ -938,14 +1018,14 @@ pub(crate) fn random_u64() -> Result<u64> {
 }
 
 /// Bytes a file takes on the disk, which for a sparse one is less than its length.
-fn allocated(path: &Path) -> Option<u64> {
+pub(crate) fn allocated(path: &Path) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     std::fs::symlink_metadata(path)
         .ok()
         .map(|metadata| metadata.blocks() * 512)
 }
 
-fn entries(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
+pub(crate) fn entries(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
     match std::fs::read_dir(dir).and_then(Iterator::collect) {
         Ok(entries) => Ok(entries),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -953,7 +1033,7 @@ fn entries(dir: &Path) -> Result<Vec<std::fs::DirEntry>> {
     }
 }
 
-fn used_below(path: &Path) -> u64 {
+pub(crate) fn used_below(path: &Path) -> u64 {
     let own = allocated(path).unwrap_or(0);
     let below: u64 = if path.is_dir() && !path.is_symlink() {
         entries(path)

@@ -40,12 +40,34 @@ pub struct Launch {
     pub ephemeral: bool,
     /// For an ephemeral sandbox the process that starts it, which it does not outlive.
     pub starter: Option<ProcessIdentity>,
-    /// The state of a template to restore the machine from; it boots if absent, or if that fails.
-    pub restore: Option<std::path::PathBuf>,
+    /// What to restore the machine from; it boots if absent.
+    pub restore: Option<Restore>,
+    /// For a member of a pool: what it runs, one after the other, before it is parked and waits to be
+    /// claimed.
+    pub park: Option<Vec<WarmCommand>>,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.
     pub boot_timeout_ms: u64,
+}
+
+/// A machine that was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restore {
+    /// The state of its CPUs and devices. Its memory is in the plan.
+    pub state: std::path::PathBuf,
+    /// Whether the machine boots if it cannot be restored: so with a template, which stands in for a
+    /// boot, and not with a snapshot, whose processes a boot would lose.
+    pub or_boot: bool,
+}
+
+/// A command that warms a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmCommand {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Whether the machine is of no use if the command is not there or fails.
+    pub required: bool,
 }
 
 impl Launch {

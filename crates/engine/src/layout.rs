@@ -6,6 +6,8 @@
 //! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
 //! kernels/<release>/               vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
+//! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
+//! pools/                           <id>.json, <id>.lock, <id>.log
 //! cache/ext4-<size MiB>.img        empty writable layers to copy
 //! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log
 //! ```
@@ -59,6 +61,18 @@ impl Layout {
     #[must_use]
     pub fn templates(&self) -> PathBuf {
         self.root.join("templates")
+    }
+
+    /// All snapshots.
+    #[must_use]
+    pub fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
+    /// Files of the pools.
+    #[must_use]
+    pub fn pools(&self) -> PathBuf {
+        self.root.join("pools")
     }
 
     /// Files that can be made again.

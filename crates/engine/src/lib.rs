@@ -40,7 +40,9 @@ pub mod launch;
 pub mod layout;
 mod names;
 mod plan;
+mod pool;
 mod session;
+mod snapshots;
 mod spec;
 pub mod store;
 pub mod teardown;
@@ -54,8 +56,10 @@ pub use error::{Error, ErrorKind, Result};
 pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
+pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use smolvm_host::cancel::Cancel;
+pub use snapshots::{FORK_CHILDREN_MAX, Fork, Forked, SnapshotInfo};
 pub use spec::{
     CPUS_DEFAULT, CPUS_MAX, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DISK_MIB_MAX, DISK_MIB_MIN, DiskMode,
     MEMORY_MIB_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_CHARS_MAX, SandboxName, SandboxSpec,

@@ -69,13 +69,18 @@ pub(crate) fn plan(
         Layer::Memory => "tmpfs",
     };
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    // A member of a pool has no name yet; its guest's host name has to be one.
+    let name = match &row.pool {
+        Some(_) => format!("pool-{}", row.id),
+        None => row.spec.name.to_string(),
+    };
     Launch {
         id: row.id.clone(),
-        name: row.spec.name.to_string(),
+        name: name.clone(),
         data_dir: layout.root().to_owned(),
         engine: "qemu".to_owned(),
         vm: VmPlan {
-            name: format!("smolvm-{}", row.spec.name),
+            name: format!("smolvm-{name}"),
             program: facts.qemu.clone(),
             accel: facts.accel,
             cpus: row.spec.cpus,
@@ -94,6 +99,7 @@ pub(crate) fn plan(
         ephemeral: row.spec.ephemeral,
         starter: row.spec.ephemeral.then(|| starter.clone()),
         restore: None,
+        park: None,
         snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }

@@ -41,6 +41,26 @@ impl SandboxName {
     }
 }
 
+impl SandboxName {
+    /// A name that nobody can ask for, for a sandbox that has none at the moment.
+    pub(crate) fn hidden(id: &str) -> Self {
+        Self(format!(".{id}"))
+    }
+
+    /// Whether nobody asked for it.
+    pub(crate) fn is_hidden(&self) -> bool {
+        self.0.starts_with('.')
+    }
+
+    /// Reads a name from the store, where it was checked when it was written.
+    pub(crate) fn stored(text: &str) -> Result<Self> {
+        match text.strip_prefix('.') {
+            Some(id) => Ok(Self::hidden(id)),
+            None => text.parse(),
+        }
+    }
+}
+
 impl fmt::Display for SandboxName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

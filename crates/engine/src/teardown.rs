@@ -16,7 +16,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Removes everything a sandbox owns, and its row last. Idempotent. Its machine has to be off, or
 /// the caller is its keeper and has just killed it.
 pub fn destroy(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
-    store.transition(id, &State::ALL, State::Deleting, None, Timestamp::now())?;
+    store.begin_delete(id, Timestamp::now())?;
     os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
         .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))?;
     store.delete_sandbox(id)
@@ -43,6 +43,8 @@ pub(crate) fn judge(row: &SandboxRow, holder_alive: bool, locked: bool) -> Verdi
     match row.state {
         _ if held => Verdict::Fine,
         State::Deleting => Verdict::Remove,
+        // A member of a pool that nobody can claim any more.
+        _ if row.pool.is_some() => Verdict::Remove,
         state if row.spec.ephemeral && (state.is_held() || state == State::Created) => {
             Verdict::Remove
         }
@@ -52,6 +54,7 @@ pub(crate) fn judge(row: &SandboxRow, holder_alive: bool, locked: bool) -> Verdi
         | State::Error
         | State::Starting
         | State::Running
+        | State::Paused
         | State::Stopping => Verdict::Fine,
     }
 }
@@ -77,7 +80,10 @@ pub(crate) fn reconcile_row(
     store: &mut Store,
     row: &SandboxRow,
 ) -> Result<bool> {
-    let suspect = row.state.is_held() || row.state == State::Deleting || row.spec.ephemeral;
+    let suspect = row.state.is_held()
+        || row.state == State::Deleting
+        || row.spec.ephemeral
+        || row.pool.is_some();
     if !suspect {
         return Ok(false);
     }
@@ -168,12 +174,22 @@ mod tests {
                 assert_eq!(judge(&it, alive, locked), Verdict::Fine, "{state} is held");
             }
             let expected = match state {
-                State::Starting | State::Running | State::Stopping => Verdict::Dead,
+                State::Starting | State::Running | State::Paused | State::Stopping => Verdict::Dead,
                 State::Deleting => Verdict::Remove,
                 State::Created | State::Stopped | State::Error => Verdict::Fine,
             };
             assert_eq!(judge(&it, false, false), expected, "{state} is not held");
         }
+        it.pool = Some("p".to_owned());
+        for state in State::ALL {
+            it.state = state;
+            assert_eq!(
+                judge(&it, false, false),
+                Verdict::Remove,
+                "{state}, of a pool"
+            );
+        }
+        it.pool = None;
         it.spec.ephemeral = true;
         for state in [State::Created, State::Starting, State::Running] {
             it.state = state;

@@ -3,23 +3,29 @@
 //!
 //! ```text
 //! booting ──hello, birth──> serving ──stop──> stopping ──> off: row stopped, keeper ends
-//!    └──── deadline, machine gone ────────────────────────> off: row error
+//!    ├──── deadline, machine gone ────────────────────────> off: row error
+//!    └──birth, for a member of a pool──> warming ──> parked ──claim──> booting, at its birth
+//! serving ──pause──> serving, standing still ──resume──> serving
 //! any ──destroy, owner gone, time-to-live──> machine killed, files and row removed
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
-use smolvm_engine::launch::Launch;
+use smolvm_engine::launch::{Launch, WarmCommand};
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
-use smolvm_proto::keeper::{Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest};
+use smolvm_proto::keeper::{
+    CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest,
+};
 use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest};
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Frame, Kind};
@@ -39,7 +45,9 @@ use crate::template::Started;
 /// The keeper's own streams to the guest; those of clients come after them.
 const BIRTH_STREAM: u32 = 1;
 const SHUTDOWN_STREAM: u32 = 2;
-const FIRST_CLIENT_STREAM: u32 = 3;
+pub(crate) const WARM_STREAM: u32 = 3;
+pub(crate) const PING_STREAM: u32 = 4;
+const FIRST_CLIENT_STREAM: u32 = 5;
 
 /// Frames waiting for the driver. Full, it stops the readers, not the machine.
 const INBOX_FRAMES: usize = 64;
@@ -49,12 +57,18 @@ const EARLY_FRAMES_MAX: usize = 4096;
 const SYNC_TIME: Duration = Duration::from_secs(5);
 /// Time clients have to take the last answer.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
+/// Time the guest has to answer before it is made to stand still.
+pub(crate) const STILL_TIME: Duration = Duration::from_secs(5);
+/// Time a member of a pool has to become a sandbox.
+pub(crate) const CLAIM_TIME: Duration = Duration::from_secs(10);
+/// Most time each command may take that warms a member.
+pub(crate) const WARM_TIME: Duration = Duration::from_secs(300);
 /// Grace when the host asks the keeper to end (SIGTERM).
 const TERM_GRACE: Duration = Duration::from_secs(5);
 
 /// What the driver is told.
 #[derive(Debug)]
-enum Input {
+pub(crate) enum Input {
     Guest(Option<Frame>),
     Client(ClientId, Option<Frame>),
     /// The process that started an ephemeral sandbox has ended.
@@ -62,11 +76,49 @@ enum Input {
 }
 
 #[derive(Debug)]
-enum Phase {
-    Booting { deadline: Instant, hello: bool },
+pub(crate) enum Phase {
+    Booting {
+        deadline: Instant,
+        hello: bool,
+    },
+    /// A member of a pool runs what it is to have run; the first is under way.
+    Warming {
+        deadline: Instant,
+        left: VecDeque<WarmCommand>,
+    },
+    /// A member of a pool stands still until it is claimed.
+    Parked(Ready),
     Serving(Ready),
-    Stopping { deadline: Instant },
+    Stopping {
+        deadline: Instant,
+    },
 }
+
+/// How far the guest is from standing still. It may do so only when it has read every frame that was
+/// sent to it ([`smolvm_proto::rejoin`]); what comes for it meanwhile is held back.
+#[derive(Debug)]
+pub(crate) enum Motion {
+    Moving,
+    /// It was asked whether it has read everything.
+    Asked {
+        deadline: Instant,
+        wish: Wish,
+        held: Vec<Frame>,
+    },
+    Still {
+        held: Vec<Frame>,
+    },
+}
+
+/// Why the guest is to stand still, and who wants to know.
+#[derive(Debug)]
+pub(crate) enum Wish {
+    Pause(Waiter),
+    Capture(Waiter, PathBuf),
+}
+
+/// A client's stream that waits for an answer.
+pub(crate) type Waiter = (ClientId, u32);
 
 #[derive(Debug)]
 struct Client {
@@ -77,7 +129,7 @@ struct Client {
 
 /// Why the loop ends.
 #[derive(Debug)]
-enum End {
+pub(crate) enum End {
     /// Off as asked; whether the guest had to be killed.
     Stopped { forced: bool },
     /// Off without being asked.
@@ -91,18 +143,19 @@ enum End {
 /// The task's state.
 #[derive(Debug)]
 pub(crate) struct Driver {
-    launch: Launch,
+    pub(crate) launch: Launch,
     layout: Layout,
-    store: Store,
-    begun: Instant,
+    pub(crate) store: Store,
+    pub(crate) begun: Instant,
     /// When the time-to-live is over; it runs from the moment the guest serves.
     ttl: Option<Instant>,
     vmm_us: u64,
-    vm: Box<dyn Vm>,
-    guest: Outgoing,
+    pub(crate) vm: Box<dyn Vm>,
+    pub(crate) guest: Outgoing,
     guest_writing: JoinHandle<()>,
     tail: Tail,
-    phase: Phase,
+    pub(crate) phase: Phase,
+    pub(crate) motion: Motion,
     kernel: String,
     hello_us: u64,
     clients: HashMap<ClientId, Client>,
@@ -110,10 +163,11 @@ pub(crate) struct Driver {
     routes: Routes,
     early: Vec<(ClientId, Frame)>,
     /// Streams that wait for the guest, for the end of a stop, and for the removal.
-    waiting_ready: Vec<(ClientId, u32)>,
-    waiting_stop: Vec<(ClientId, u32)>,
-    waiting_destroy: Vec<(ClientId, u32)>,
-    inbox: mpsc::Sender<Input>,
+    pub(crate) waiting_ready: Vec<Waiter>,
+    pub(crate) waiting_resume: Vec<Waiter>,
+    waiting_stop: Vec<Waiter>,
+    waiting_destroy: Vec<Waiter>,
+    pub(crate) inbox: mpsc::Sender<Input>,
 }
 
 /// Owns a machine that was just started, until it is off.
@@ -188,6 +242,7 @@ pub(crate) async fn run(
             deadline: begun + boot,
             hello: false,
         },
+        motion: Motion::Moving,
         kernel: String::new(),
         hello_us: 0,
         clients: HashMap::new(),
@@ -195,6 +250,7 @@ pub(crate) async fn run(
         routes: Routes::new(FIRST_CLIENT_STREAM),
         early: Vec::new(),
         waiting_ready: Vec::new(),
+        waiting_resume: Vec::new(),
         waiting_stop: Vec::new(),
         waiting_destroy: Vec::new(),
         inbox,
@@ -225,11 +281,17 @@ impl Driver {
         let far = self.begun + Duration::from_secs(u64::from(u32::MAX));
         loop {
             let deadline = match self.phase {
-                Phase::Booting { deadline, .. } | Phase::Stopping { deadline } => deadline,
-                Phase::Serving(_) => far,
+                Phase::Booting { deadline, .. }
+                | Phase::Warming { deadline, .. }
+                | Phase::Stopping { deadline } => deadline,
+                Phase::Serving(_) | Phase::Parked(_) => far,
+            };
+            let answer_due = match self.motion {
+                Motion::Asked { deadline, .. } => deadline,
+                Motion::Moving | Motion::Still { .. } => far,
             };
             let end = tokio::select! {
-                Some(input) = inputs.recv() => self.hear(input),
+                Some(input) = inputs.recv() => self.hear(input).await,
                 accepted = listener.accept() => {
                     match accepted.and_then(|(socket, _)| socket.into_std()) {
                         Ok(socket) => self.welcome(socket),
@@ -239,8 +301,14 @@ impl Driver {
                 }
                 exit = self.vm.wait() => Some(self.gone(&exit)),
                 () = sleep_until(deadline) => Some(self.late()),
+                () = sleep_until(answer_due) => {
+                    self.will_not_stand_still();
+                    None
+                }
                 () = sleep_until(self.ttl.unwrap_or(far)) => Some(End::Destroy { why: "its time-to-live is over" }),
-                _ = terminate.recv() => self.stop(u64::try_from(TERM_GRACE.as_millis()).unwrap_or(0)),
+                _ = terminate.recv() => {
+                    self.stop(u64::try_from(TERM_GRACE.as_millis()).unwrap_or(0)).await
+                }
             };
             if let Some(end) = end {
                 return end;
@@ -268,17 +336,17 @@ impl Driver {
         }
     }
 
-    fn hear(&mut self, input: Input) -> Option<End> {
+    async fn hear(&mut self, input: Input) -> Option<End> {
         match input {
-            Input::Guest(Some(frame)) => self.hear_guest(frame),
+            Input::Guest(Some(frame)) => self.hear_guest(frame).await,
             Input::Guest(None) => Some(End::Lost),
             Input::StarterGone => Some(End::Destroy {
                 why: "the process that started it is gone",
             }),
-            Input::Client(client, Some(frame)) => self.hear_client(client, frame),
+            Input::Client(client, Some(frame)) => self.hear_client(client, frame).await,
             Input::Client(client, None) => {
                 for frame in self.routes.drop_client(client) {
-                    self.guest.send(frame);
+                    self.to_guest(frame);
                 }
                 let gone = self.clients.remove(&client)?;
                 gone.owner.then_some(End::Destroy {
@@ -288,10 +356,15 @@ impl Driver {
         }
     }
 
-    fn hear_guest(&mut self, frame: Frame) -> Option<End> {
+    async fn hear_guest(&mut self, frame: Frame) -> Option<End> {
         match (frame.stream, frame.kind) {
             (0, Kind::Hello) => self.hear_hello(&frame),
             (BIRTH_STREAM, Kind::Event) => self.hear_birth(&frame),
+            (WARM_STREAM, Kind::Event) => self.hear_warm(&frame).await,
+            (PING_STREAM, Kind::Event) => {
+                self.stand_still().await;
+                None
+            }
             (SHUTDOWN_STREAM, Kind::Event) => matches!(self.phase, Phase::Stopping { .. })
                 .then_some(End::Stopped { forced: false }),
             _ => {
@@ -301,7 +374,7 @@ impl Driver {
                     FromGuest::Cut(client, to_client, to_guest) => {
                         tracing::warn!("the guest broke the rules of a stream");
                         self.tell(client, to_client);
-                        self.guest.send(to_guest);
+                        self.to_guest(to_guest);
                     }
                 }
                 None
@@ -335,24 +408,23 @@ impl Driver {
             });
         }
         self.hello_us = micros(self.begun);
-        let birth = match self.birth() {
-            Ok(birth) => birth,
-            Err(error) => {
-                return Some(End::Broken {
-                    state: State::Error,
-                    reason: error.to_string(),
-                });
-            }
-        };
-        self.guest.send(Frame::message(
-            BIRTH_STREAM,
-            Kind::Open,
-            &Request::Birth(birth),
-        ));
-        None
+        self.send_birth(false)
     }
 
-    fn birth(&self) -> Result<Birth, KeeperError> {
+    /// Gives the guest its identity, or, if it has that already, only clock and randomness.
+    pub(crate) fn send_birth(&mut self, same: bool) -> Option<End> {
+        match self.birth(same) {
+            Ok(birth) => {
+                let request = Request::Birth(birth);
+                self.guest
+                    .send(Frame::message(BIRTH_STREAM, Kind::Open, &request));
+                None
+            }
+            Err(error) => broken(error.to_string()),
+        }
+    }
+
+    fn birth(&self, same: bool) -> Result<Birth, KeeperError> {
         let mut entropy = vec![0; 64];
         rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| KeeperError::io("get random bytes for the guest", error.into()))?;
@@ -376,29 +448,44 @@ impl Driver {
                 .as_ref()
                 .map(|path| path.clone().into_bytes().into()),
             user: self.launch.user.clone(),
+            same: same.then_some(true),
         })
     }
 
     fn hear_birth(&mut self, frame: &Frame) -> Option<End> {
-        if !matches!(self.phase, Phase::Booting { hello: true, .. }) {
-            return None;
-        }
-        let broken = |reason: String| {
-            Some(End::Broken {
-                state: State::Error,
-                reason,
-            })
+        let outcome = match frame.decode::<Event>() {
+            Ok(Event::Done) => Ok(()),
+            Ok(Event::Failed(failure)) => Err(failure.message),
+            Ok(other) => Err(format!(
+                "the guest's agent answered its birth with {other:?}"
+            )),
+            Err(error) => Err(error.to_string()),
         };
-        match frame.decode::<Event>() {
-            Ok(Event::Done) => {}
-            Ok(Event::Failed(failure)) => return broken(failure.message),
-            Ok(other) => {
-                return broken(format!(
-                    "the guest's agent answered its birth with {other:?}"
-                ));
+        match self.phase {
+            Phase::Booting { hello: true, .. } => match outcome {
+                Ok(()) => self.born(),
+                Err(reason) => broken(reason),
+            },
+            // It was resumed, and has its clock back.
+            Phase::Serving(_) => {
+                let answer = match outcome {
+                    Ok(()) => KeeperEvent::Done(Done::default()),
+                    Err(reason) => failure(reason, Vec::new()),
+                };
+                for waiter in std::mem::take(&mut self.waiting_resume) {
+                    self.answer(waiter, &answer);
+                }
+                None
             }
-            Err(error) => return broken(error.to_string()),
+            Phase::Booting { hello: false, .. }
+            | Phase::Warming { .. }
+            | Phase::Parked(_)
+            | Phase::Stopping { .. } => None,
         }
+    }
+
+    /// The guest is itself.
+    fn born(&mut self) -> Option<End> {
         let recorded = self.store.transition(
             &self.launch.id,
             &[State::Starting],
@@ -411,12 +498,15 @@ impl Driver {
             Ok(false) => return broken(KeeperError::Declared.to_string()),
             Err(error) => return broken(error.to_string()),
         }
-        let ready = Ready {
-            kernel: self.kernel.clone(),
-            vmm_us: self.vmm_us,
-            hello_us: self.hello_us,
-            ready_us: micros(self.begun),
-        };
+        if let Some(commands) = self.launch.park.take() {
+            self.phase = Phase::Warming {
+                deadline: Instant::now() + WARM_TIME,
+                left: commands.into(),
+            };
+            self.warm_on();
+            return None;
+        }
+        let ready = self.ready();
         self.phase = Phase::Serving(ready.clone());
         self.ttl = self
             .launch
@@ -427,20 +517,39 @@ impl Driver {
         }
         for (client, frame) in std::mem::take(&mut self.early) {
             if let Some(frame) = self.routes.route_in(client, frame) {
-                self.guest.send(frame);
+                self.to_guest(frame);
             }
         }
         None
     }
 
-    fn hear_client(&mut self, client: ClientId, frame: Frame) -> Option<End> {
+    pub(crate) fn ready(&self) -> Ready {
+        Ready {
+            kernel: self.kernel.clone(),
+            vmm_us: self.vmm_us,
+            hello_us: self.hello_us,
+            ready_us: micros(self.begun),
+        }
+    }
+
+    /// Sends a client's frame to the guest, or keeps it until the guest moves again.
+    pub(crate) fn to_guest(&mut self, frame: Frame) {
+        match &mut self.motion {
+            Motion::Moving => self.guest.send(frame),
+            Motion::Asked { held, .. } | Motion::Still { held } => held.push(frame),
+        }
+    }
+
+    async fn hear_client(&mut self, client: ClientId, frame: Frame) -> Option<End> {
         if frame.kind != Kind::KeeperOpen {
             if matches!(self.phase, Phase::Booting { .. }) {
                 if self.early.len() < EARLY_FRAMES_MAX {
                     self.early.push((client, frame));
                 }
-            } else if let Some(frame) = self.routes.route_in(client, frame) {
-                self.guest.send(frame);
+            } else if matches!(self.phase, Phase::Serving(_) | Phase::Stopping { .. })
+                && let Some(frame) = self.routes.route_in(client, frame)
+            {
+                self.to_guest(frame);
             }
             return None;
         }
@@ -455,8 +564,10 @@ impl Driver {
         match request {
             KeeperRequest::WaitReady => {
                 match &self.phase {
-                    Phase::Booting { .. } => self.waiting_ready.push(waiter),
-                    Phase::Serving(ready) => {
+                    Phase::Booting { .. } | Phase::Warming { .. } => {
+                        self.waiting_ready.push(waiter);
+                    }
+                    Phase::Serving(ready) | Phase::Parked(ready) => {
                         let ready = ready.clone();
                         self.answer(waiter, &KeeperEvent::Ready(ready));
                     }
@@ -476,7 +587,7 @@ impl Driver {
             }
             KeeperRequest::Stop(StopRequest { grace_ms }) => {
                 self.waiting_stop.push(waiter);
-                self.stop(grace_ms)
+                self.stop(grace_ms).await
             }
             KeeperRequest::Destroy => {
                 self.waiting_destroy.push(waiter);
@@ -484,18 +595,35 @@ impl Driver {
                     why: "it was asked for",
                 })
             }
+            KeeperRequest::Pause => {
+                self.ask_to_stand_still(Wish::Pause(waiter)).await;
+                None
+            }
+            KeeperRequest::Resume => self.resume(waiter).await,
+            KeeperRequest::Capture(CaptureRequest { directory }) => {
+                let directory = std::ffi::OsString::from_vec(directory.into());
+                self.ask_to_stand_still(Wish::Capture(waiter, directory.into()))
+                    .await;
+                None
+            }
+            KeeperRequest::Claim(claim) => self.claim(waiter, claim).await,
         }
     }
 
-    fn stop(&mut self, grace_ms: u64) -> Option<End> {
+    async fn stop(&mut self, grace_ms: u64) -> Option<End> {
         if grace_ms == 0 {
             return Some(End::Stopped { forced: true });
         }
         match self.phase {
             // A guest that does not serve cannot be asked.
-            Phase::Booting { .. } => return Some(End::Stopped { forced: true }),
+            Phase::Booting { .. } | Phase::Warming { .. } | Phase::Parked(_) => {
+                return Some(End::Stopped { forced: true });
+            }
             Phase::Stopping { .. } => return None,
             Phase::Serving(_) => {}
+        }
+        if let Err(error) = self.move_on().await {
+            return broken(error);
         }
         let recorded = self.store.transition(
             &self.launch.id,
@@ -521,6 +649,13 @@ impl Driver {
     fn late(&self) -> End {
         match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: true },
+            Phase::Warming { .. } => End::Broken {
+                state: State::Error,
+                reason: format!(
+                    "a command that warms the pool's member took longer than {} s",
+                    WARM_TIME.as_secs()
+                ),
+            },
             Phase::Booting { hello, .. } => End::Broken {
                 state: State::Error,
                 reason: format!(
@@ -533,7 +668,9 @@ impl Driver {
                     }
                 ),
             },
-            Phase::Serving(_) => unreachable!("a guest that serves has no deadline"),
+            Phase::Serving(_) | Phase::Parked(_) => {
+                unreachable!("a guest that serves has no deadline")
+            }
         }
     }
 
@@ -544,12 +681,12 @@ impl Driver {
         };
         match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: false },
-            Phase::Booting { .. } => End::Broken {
+            Phase::Booting { .. } | Phase::Warming { .. } => End::Broken {
                 state: State::Error,
                 reason: format!("the machine ended before the guest was ready: {reason}"),
             },
             // The kernel's own word for it (kernel/panic.c); it resets the machine afterwards.
-            Phase::Serving(_)
+            Phase::Serving(_) | Phase::Parked(_)
                 if self
                     .tail
                     .lines()
@@ -561,13 +698,15 @@ impl Driver {
                     reason: "the guest's kernel panicked; its console says why".to_owned(),
                 }
             }
-            Phase::Serving(_) if exit.as_ref().is_ok_and(|exit| exit.code == Some(0)) => {
+            Phase::Serving(_) | Phase::Parked(_)
+                if exit.as_ref().is_ok_and(|exit| exit.code == Some(0)) =>
+            {
                 End::Broken {
                     state: State::Stopped,
                     reason: "the guest switched itself off, or restarted".to_owned(),
                 }
             }
-            Phase::Serving(_) => End::Broken {
+            Phase::Serving(_) | Phase::Parked(_) => End::Broken {
                 state: State::Error,
                 reason: format!("the machine ended: {reason}"),
             },
@@ -588,7 +727,8 @@ impl Driver {
 
     /// The machine is off. Makes the record true, answers whoever waits, and lets go.
     async fn finish(mut self, end: End, exit: &Exit) -> Result<(), KeeperError> {
-        let destroy = self.launch.ephemeral || matches!(end, End::Destroy { .. });
+        let member = matches!(self.phase, Phase::Warming { .. } | Phase::Parked(_));
+        let destroy = self.launch.ephemeral || member || matches!(end, End::Destroy { .. });
         let (state, reason) = match &end {
             End::Stopped { .. } => (State::Stopped, None),
             End::Broken { state, reason } => (*state, Some(reason.clone())),
@@ -651,7 +791,7 @@ impl Driver {
         }
     }
 
-    fn answer(&self, (client, stream): (ClientId, u32), event: &KeeperEvent) {
+    pub(crate) fn answer(&self, (client, stream): Waiter, event: &KeeperEvent) {
         self.tell(client, Frame::message(stream, Kind::KeeperEvent, event));
     }
 
@@ -664,7 +804,10 @@ impl Driver {
 
 /// Tells the driver when the starter ends, which may have happened already. On a thread of its own,
 /// which costs a page or two and ends with the process.
-fn watch_starter(starter: &ProcessIdentity, inbox: mpsc::Sender<Input>) -> Result<(), KeeperError> {
+pub(crate) fn watch_starter(
+    starter: &ProcessIdentity,
+    inbox: mpsc::Sender<Input>,
+) -> Result<(), KeeperError> {
     let pidfd = starter.open().map_err(smolvm_engine::Error::from)?;
     std::thread::Builder::new()
         .name("starter-watch".to_owned())
@@ -681,8 +824,20 @@ fn watch_starter(starter: &ProcessIdentity, inbox: mpsc::Sender<Input>) -> Resul
         .map_err(|error| KeeperError::io("watch the process that started the sandbox", error))
 }
 
-fn failure(message: String, console: Vec<String>) -> KeeperEvent {
-    KeeperEvent::Failed(KeeperFailure { message, console })
+pub(crate) fn failure(message: String, console: Vec<String>) -> KeeperEvent {
+    KeeperEvent::Failed(KeeperFailure {
+        message,
+        console,
+        reason: None,
+    })
+}
+
+/// Off without being asked, for this reason.
+pub(crate) fn broken(reason: String) -> Option<End> {
+    Some(End::Broken {
+        state: State::Error,
+        reason,
+    })
 }
 
 fn identity(pid: u32) -> Result<Option<ProcessIdentity>, KeeperError> {

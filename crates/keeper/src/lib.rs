@@ -10,7 +10,9 @@ mod console;
 mod driver;
 mod error;
 mod link;
+mod member;
 mod routes;
+mod still;
 mod template;
 
 use std::os::fd::OwnedFd;
@@ -45,6 +47,7 @@ pub fn main(backends: Backends) -> ExitCode {
         [Some(word), Some(path), None] if word == "--template" => {
             make_template(&PathBuf::from(path), backends)
         }
+        [Some(word), Some(path), None] if word == "--fill-pool" => fill_pool(&PathBuf::from(path)),
         _ => {
             tracing::error!("smolvm-keeper is started by smolvm, with a launch file");
             return ExitCode::from(2);
@@ -53,13 +56,7 @@ pub fn main(backends: Backends) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(source) = cause {
-                text = format!("{text}: {source}");
-                cause = source.source();
-            }
-            tracing::error!("{text}");
+            tracing::error!("{}", error.chain());
             ExitCode::FAILURE
         }
     }
@@ -90,13 +87,13 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
 /// Starts the machine: from a template if there is one, by booting otherwise. A template that
 /// cannot be restored costs its time, and nothing else.
 async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, KeeperError> {
-    if let Some(state) = &launch.restore {
-        match template::wake(backend, launch, state).await {
-            Ok(started) => return Ok(started),
-            Err(error) => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::warn!(%error, cause, "could not start from a template; booting instead");
+    if let Some(restore) = &launch.restore {
+        match template::wake(backend, launch, restore).await {
+            Err(error) if restore.or_boot => {
+                let reason = error.chain();
+                tracing::warn!(reason, "could not start from a template; booting instead");
             }
+            other => return other,
         }
     }
     let plan = VmPlan {
@@ -123,6 +120,14 @@ fn make_template(path: &Path, backends: Backends) -> Result<(), KeeperError> {
             )),
         }
     })
+}
+
+/// Fills a pool up, and ends.
+fn fill_pool(path: &Path) -> Result<(), KeeperError> {
+    // Fails only for the leader of a process group, which is in a group of its own already.
+    let _ = rustix::process::setsid();
+    let (engine, id) = smolvm_engine::read_pool_file(path)?;
+    Ok(runtime()?.block_on(engine.fill_pool(&id))?)
 }
 
 /// A current-thread runtime, because the kernel kills the machine when the *thread* that started it
@@ -152,10 +157,7 @@ fn give_up(launch: &Launch, error: &KeeperError) {
     let layout = Layout::new(launch.data_dir.clone());
     let recorded = Store::open(&layout.database()).and_then(|mut store| {
         let held = [State::Starting, State::Running, State::Stopping];
-        let reason = match std::error::Error::source(error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        };
+        let reason = error.chain();
         store.transition(
             &launch.id,
             &held,

@@ -6,10 +6,9 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
 use std::time::Duration;
 
-use smolvm_engine::launch::Launch;
+use smolvm_engine::launch::{Launch, Restore};
 use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::version::{Hello, Nonce};
@@ -26,7 +25,7 @@ use crate::error::KeeperError;
 const WARM_STREAM: u32 = 1;
 /// Most time a copy may take to answer, if a boot may take as long. Restored ones take a tenth of a
 /// second under emulation; a boot, which is what comes after, takes some seconds.
-const WAKE_TIME: Duration = Duration::from_secs(5);
+const WAKE_TIME: Duration = Duration::from_secs(20);
 
 /// A machine with its two streams, and the Hello of its guest if that was heard already.
 #[derive(Debug)]
@@ -57,15 +56,18 @@ impl Started {
 pub(crate) async fn wake(
     backend: &dyn Backend,
     launch: &Launch,
-    state: &Path,
+    Restore { state, or_boot }: &Restore,
 ) -> Result<Started, KeeperError> {
+    let or_boot = *or_boot;
     let started = Started::new(backend.restore(&launch.vm, state).await?);
     let talk = async {
         let mut link = Link::new(started.channel)?;
         let greeting = link.rejoin().await?;
         Ok::<_, std::io::Error>((link.into_std()?, greeting))
     };
-    let limit = WAKE_TIME.min(Duration::from_millis(launch.boot_timeout_ms));
+    // One that has no boot to fall back to is given the time that a boot would have.
+    let boot = Duration::from_millis(launch.boot_timeout_ms);
+    let limit = if or_boot { WAKE_TIME.min(boot) } else { boot };
     let (channel, greeting) = tokio::time::timeout(limit, talk)
         .await
         .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))

@@ -1,6 +1,9 @@
 //! What a client may ask of a sandbox's keeper, beside what it asks of the guest.
 
+use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
+
+use crate::message::EnvVar;
 
 /// Asked by a client; opens a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -21,6 +24,68 @@ pub enum KeeperRequest {
     /// [`KeeperEvent::Done`] once nothing of it is left.
     #[n(3)]
     Destroy,
+    /// Stops the virtual CPUs. [`KeeperEvent::Done`], also if they stand still already.
+    #[n(4)]
+    Pause,
+    /// Lets them go on, with the clock put right. [`KeeperEvent::Done`], also if they run already.
+    #[n(5)]
+    Resume,
+    /// Writes the machine as it is now to files; it goes on afterwards if it ran before.
+    /// [`KeeperEvent::Captured`].
+    #[n(6)]
+    Capture(#[n(0)] CaptureRequest),
+    /// Makes a parked member of a pool a sandbox. [`KeeperEvent::Ready`].
+    #[n(7)]
+    Claim(#[n(0)] ClaimRequest),
+}
+
+/// Where to write a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct CaptureRequest {
+    /// Directory on the host that exists and has none of the files yet: `memory`, `state`, and
+    /// `disk.ext4` if the machine has a disk of its own.
+    #[n(0)]
+    pub directory: ByteVec,
+}
+
+/// What a member of a pool becomes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ClaimRequest {
+    /// The sandbox's name, which is also the guest's host name.
+    #[n(0)]
+    pub name: String,
+    /// Environment of every command.
+    #[n(1)]
+    pub env: Vec<EnvVar>,
+    /// Working directory of commands that name none.
+    #[n(2)]
+    pub cwd: Option<String>,
+    /// User of commands that name none.
+    #[n(3)]
+    pub user: Option<String>,
+    /// Milliseconds from now at which it is destroyed.
+    #[n(4)]
+    pub ttl_ms: Option<u64>,
+    /// Whether it is destroyed as soon as it stops.
+    #[n(5)]
+    pub ephemeral: bool,
+    /// For an ephemeral one the process that claims it, which it does not outlive.
+    #[n(6)]
+    pub starter: Option<Starter>,
+}
+
+/// A process of the host, told from a later one of the same number.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Starter {
+    /// Its number.
+    #[n(0)]
+    pub pid: i32,
+    /// When it started, in clock ticks after the host's start (proc(5), `starttime`).
+    #[n(1)]
+    pub start_time_ticks: u64,
+    /// The host's boot (random(4), `boot_id`).
+    #[n(2)]
+    pub boot_id: String,
 }
 
 /// How to stop.
@@ -43,6 +108,17 @@ pub enum KeeperEvent {
     /// It could not be carried out; the reason, for people.
     #[n(2)]
     Failed(#[n(0)] KeeperFailure),
+    /// The machine was written.
+    #[n(3)]
+    Captured(#[n(0)] Captured),
+}
+
+/// A machine that was written to files.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Captured {
+    /// Microseconds the guest stood still; zero if it was paused anyway.
+    #[n(0)]
+    pub paused_us: u64,
 }
 
 /// A guest that serves.
@@ -79,4 +155,19 @@ pub struct KeeperFailure {
     /// The last lines of the console, if the guest is why.
     #[n(1)]
     pub console: Vec<String>,
+    /// For programs, where they have to tell one failure from another.
+    #[n(2)]
+    pub reason: Option<KeeperReason>,
+}
+
+/// Failures that a program acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum KeeperReason {
+    /// The name is another sandbox's.
+    #[n(0)]
+    NameTaken,
+    /// It is no member of a pool, or not any more.
+    #[n(1)]
+    NotParked,
 }

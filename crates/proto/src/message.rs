@@ -25,7 +25,8 @@ pub enum Request {
     /// Uptime, memory, load: [`Event::Facts`].
     #[n(4)]
     Facts,
-    /// Gives a new machine its identity; sent once, before any other request. [`Event::Done`].
+    /// Gives a machine its identity, clock and randomness: sent before any other request, and again
+    /// when it becomes another one or time has passed it by. [`Event::Done`].
     #[n(5)]
     Birth(#[n(0)] Birth),
     /// Ends every process, writes everything to the disk and unmounts it, then [`Event::Done`].
@@ -146,6 +147,10 @@ pub struct Birth {
     /// Default user of commands.
     #[n(5)]
     pub user: Option<String>,
+    /// Whether the machine is the one it was, and only time has passed: then its name and identifiers
+    /// stay. Not, if absent.
+    #[n(6)]
+    pub same: Option<bool>,
 }
 
 /// How to go down.

@@ -10,7 +10,10 @@ use std::fmt::{Debug, Write as _};
 
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
-use smolvm_proto::keeper::{Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest};
+use smolvm_proto::keeper::{
+    CaptureRequest, Captured, ClaimRequest, Done, KeeperEvent, KeeperFailure, KeeperReason,
+    KeeperRequest, Ready, Starter, StopRequest,
+};
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
     ExtractRequest, Facts, Failure, FailureKind, ListRequest, Request, ShutdownRequest, Started,
@@ -153,6 +156,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         entropy: ByteVec::from(vec![0, 1, 2, 255]),
         cwd: Some(bytes("/srv")),
         user: Some("nobody".to_owned()),
+        same: None,
     };
     let forms = vec![
         Request::Exec(bare),
@@ -181,6 +185,10 @@ fn requests() -> Vec<(&'static str, Request)> {
             user: None,
             ..birth.clone()
         }),
+        Request::Birth(Birth {
+            same: Some(true),
+            ..birth.clone()
+        }),
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
@@ -193,6 +201,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Extract(_) => "request.extract",
         Request::List(_) => "request.list",
         Request::Facts => "request.facts",
+        Request::Birth(birth) if birth.same.is_some() => "request.birth.same",
         Request::Birth(birth) if birth.user.is_some() => "request.birth.full",
         Request::Birth(_) => "request.birth.bare",
         Request::Shutdown(_) => "request.shutdown",
@@ -319,12 +328,45 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Own => "keeper-request.own",
         KeeperRequest::Stop(_) => "keeper-request.stop",
         KeeperRequest::Destroy => "keeper-request.destroy",
+        KeeperRequest::Pause => "keeper-request.pause",
+        KeeperRequest::Resume => "keeper-request.resume",
+        KeeperRequest::Capture(_) => "keeper-request.capture",
+        KeeperRequest::Claim(claim) if claim.ephemeral => "keeper-request.claim.full",
+        KeeperRequest::Claim(_) => "keeper-request.claim.bare",
+    };
+    let claim = ClaimRequest {
+        name: "box".to_owned(),
+        env: Vec::new(),
+        cwd: None,
+        user: None,
+        ttl_ms: None,
+        ephemeral: false,
+        starter: None,
     };
     [
         KeeperRequest::WaitReady,
         KeeperRequest::Own,
         KeeperRequest::Stop(StopRequest { grace_ms: 5_000 }),
         KeeperRequest::Destroy,
+        KeeperRequest::Pause,
+        KeeperRequest::Resume,
+        KeeperRequest::Capture(CaptureRequest {
+            directory: bytes("/srv/\u{e9}"),
+        }),
+        KeeperRequest::Claim(claim.clone()),
+        KeeperRequest::Claim(ClaimRequest {
+            env: vec![env("LANG", "C.UTF-8")],
+            cwd: Some("/srv".to_owned()),
+            user: Some("nobody".to_owned()),
+            ttl_ms: Some(60_000),
+            ephemeral: true,
+            starter: Some(Starter {
+                pid: 4_194_304,
+                start_time_ticks: 123_456,
+                boot_id: "b".to_owned(),
+            }),
+            ..claim
+        }),
     ]
     .into_iter()
     .map(|form| (name(&form), form))
@@ -335,7 +377,9 @@ fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
     let name = |event: &KeeperEvent| match event {
         KeeperEvent::Ready(_) => "keeper-event.ready",
         KeeperEvent::Done(_) => "keeper-event.done",
+        KeeperEvent::Failed(failure) if failure.reason.is_some() => "keeper-event.failed.reason",
         KeeperEvent::Failed(_) => "keeper-event.failed",
+        KeeperEvent::Captured(_) => "keeper-event.captured",
     };
     [
         KeeperEvent::Ready(Ready {
@@ -348,7 +392,14 @@ fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
         KeeperEvent::Failed(KeeperFailure {
             message: "why".to_owned(),
             console: vec!["last".to_owned(), "words".to_owned()],
+            reason: None,
         }),
+        KeeperEvent::Failed(KeeperFailure {
+            message: "why".to_owned(),
+            console: Vec::new(),
+            reason: Some(KeeperReason::NotParked),
+        }),
+        KeeperEvent::Captured(Captured { paused_us: 12_345 }),
     ]
     .into_iter()
     .map(|form| (name(&form), form))
@@ -510,7 +561,7 @@ fn a_field_this_version_does_not_know_is_skipped() {
     for (_, request) in requests() {
         match request {
             Request::Exec(exec) if exec.stdin => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.user.is_some() => skips_a_field_more(&birth),
+            Request::Birth(birth) if birth.same.is_some() => skips_a_field_more(&birth),
             Request::Extract(extract) if extract.owner.is_some() => skips_a_field_more(&extract),
             _ => {}
         }
@@ -532,6 +583,7 @@ fn an_optional_field_a_peer_does_not_know_is_absent() {
     assert_eq!(birth.hostname, "box");
     assert_eq!(birth.cwd, None);
     assert_eq!(birth.user, None);
+    assert_eq!(birth.same, None);
     // A Hello from before hosts gave a nonce.
     let bare = &recorded()["hello"];
     assert_eq!(

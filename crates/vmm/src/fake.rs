@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -536,10 +536,11 @@ impl Vm for FakeVm {
         self.turn(Operation::Resume, State::Running)
     }
 
-    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError> {
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError> {
         refuse_unsavable(&self.plan, memory)?;
         let doing = || doing(Operation::Snapshot, &self.plan.name);
         self.shared.perform(Operation::Snapshot, &self.plan.name)?;
+        let still = Instant::now();
         self.turn(Operation::Snapshot, State::Paused)?;
         let (file, new_state) = NewFile::create(state)?;
         let new_memory = memory
@@ -556,7 +557,7 @@ impl Vm for FakeVm {
         if let Some((_, new)) = new_memory {
             new.keep();
         }
-        Ok(())
+        Ok(still)
     }
 
     async fn kill(&mut self) -> Result<Exit, VmError> {

@@ -23,7 +23,7 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -180,7 +180,8 @@ pub trait Vm: Debug + Send {
     /// Stops the virtual CPUs and writes what [`Backend::restore`] needs: the state of CPUs and
     /// devices to the new file `state`, and guest memory to the new file `memory`, both of mode 0600.
     /// What the guest wrote to its disks is in their files. The machine stays paused, and goes on
-    /// with [`Vm::resume`]; until then nothing changes in its disks, so they can be copied.
+    /// with [`Vm::resume`]; until then nothing changes in its disks, so they can be copied. Returns the
+    /// moment at which it was told to stand still.
     ///
     /// Without `memory` the plan's [`Memory::File`] itself becomes the snapshot's memory. Then kill the
     /// machine before anybody restores from it, so that nothing changes that file any more.
@@ -195,7 +196,7 @@ pub trait Vm: Debug + Send {
     /// files exists or cannot be written; [`VmErrorKind::Timeout`] after [`CONTROL_TIMEOUT`]. Neither
     /// file remains, nor, in a moment, if the future is dropped; and the machine, if it is not gone,
     /// may be paused.
-    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError>;
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError>;
 
     /// Kills the VMM at once and reaps it. Idempotent; succeeds if it is gone already. When it
     /// returns, the process no longer exists.

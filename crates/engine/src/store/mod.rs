@@ -5,7 +5,9 @@
 //! conditional updates: of two processes that want to start one sandbox, one wins, and the other
 //! sees who did. Columns, not blobs; schema changes are numbered files in `schema/`.
 
+pub(crate) mod pools;
 pub(crate) mod rows;
+pub(crate) mod snapshots;
 
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -16,10 +18,15 @@ use rusqlite_migration::{M, Migrations, SchemaVersion};
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub use rows::{ImageRow, SandboxRow, State};
+pub use pools::PoolRow;
+pub use rows::{Identity, ImageRow, SandboxRow, State};
+pub use snapshots::{SnapshotRow, SnapshotState};
 
 /// Every schema change, oldest first. Only ever appended to.
-const MIGRATIONS: &[&str] = &[include_str!("../../schema/0001_initial.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("../../schema/0001_initial.sql"),
+    include_str!("../../schema/0002_snapshots_and_pools.sql"),
+];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);

@@ -18,6 +18,7 @@ use crate::spec::{DiskMode, SandboxName, SandboxSpec};
 /// ```text
 /// created ──start──> starting ──ready──> running ──stop──> stopping ──> stopped ──start──> …
 ///                        └──── never ready, or its keeper died ────> error ──start──> …
+/// running ──pause──> paused ──resume──> running
 /// any ──delete──> deleting ──> (no row)
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,6 +29,8 @@ pub enum State {
     Starting,
     /// Its guest serves.
     Running,
+    /// Its virtual CPUs stand still; everything else is as while it runs.
+    Paused,
     /// Its guest is going down.
     Stopping,
     /// Off; can be started again.
@@ -40,10 +43,11 @@ pub enum State {
 
 impl State {
     /// All states.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Created,
         Self::Starting,
         Self::Running,
+        Self::Paused,
         Self::Stopping,
         Self::Stopped,
         Self::Error,
@@ -57,6 +61,7 @@ impl State {
             Self::Created => "created",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Error => "error",
@@ -64,11 +69,19 @@ impl State {
         }
     }
 
+    /// The word in the store, where pausing is a time beside `running` and not a state of its own.
+    fn stored(self) -> &'static str {
+        match self {
+            Self::Paused => Self::Running.as_str(),
+            other => other.as_str(),
+        }
+    }
+
     /// Whether a process is meant to hold the sandbox in this state.
     #[must_use]
     pub fn is_held(self) -> bool {
         match self {
-            Self::Starting | Self::Running | Self::Stopping => true,
+            Self::Starting | Self::Running | Self::Paused | Self::Stopping => true,
             Self::Created | Self::Stopped | Self::Error | Self::Deleting => false,
         }
     }
@@ -110,6 +123,25 @@ pub struct SandboxRow {
     pub holder: Option<ProcessIdentity>,
     /// The VMM of the last start.
     pub vmm: Option<ProcessIdentity>,
+    /// The pool it is a member of, until it is claimed.
+    pub pool: Option<String>,
+}
+
+/// What a sandbox that was made ahead becomes when it is claimed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Its name.
+    pub name: SandboxName,
+    /// Environment of every command.
+    pub env: Vec<(String, String)>,
+    /// Working directory of commands that name none.
+    pub workdir: Option<String>,
+    /// User of commands that name none.
+    pub user: Option<String>,
+    /// Time from now at which it is destroyed.
+    pub ttl: Option<Duration>,
+    /// Whether it is destroyed as soon as it stops.
+    pub ephemeral: bool,
 }
 
 /// An image's row.
@@ -129,7 +161,7 @@ pub struct ImageRow {
 
 const SANDBOX_COLUMNS: &str = "id, name, state, reason, image, image_digest, kernel, cpus, memory_mib, \
      disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, engine, accel, created_ms, started_ms, \
-     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start";
+     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start, paused_ms, pool_id";
 
 impl Store {
     /// Writes a new sandbox in state `created`.
@@ -147,9 +179,9 @@ impl Store {
             .prepare_cached(
                 "INSERT INTO sandboxes (id, name, state, image, image_digest, kernel, cpus, memory_mib, \
                  disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, created_ms, boot_id, holder_pid, \
-                 holder_start) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
+                 holder_start, pool_id) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
                  :memory_mib, :disk_mib, :disk_mode, :workdir, :user, :ttl_ms, :ephemeral, :created_ms, \
-                 :boot_id, :holder_pid, :holder_start)",
+                 :boot_id, :holder_pid, :holder_start, :pool_id)",
             )
             .and_then(|mut statement| {
                 statement.execute(named_params! {
@@ -171,28 +203,88 @@ impl Store {
                     ":boot_id": row.holder.as_ref().map(|holder| &holder.boot_id),
                     ":holder_pid": row.holder.as_ref().map(|holder| holder.pid),
                     ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
+                    ":pool_id": row.pool,
                 })
             })
             .map_err(|error| match error.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => Error::new(
-                    ErrorKind::AlreadyExists,
-                    format!("a sandbox named `{}` exists already", row.spec.name),
-                )
-                .hint(format!(
-                    "choose another --name, or remove it with `smolvm rm {}`",
-                    row.spec.name
-                )),
+                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
                 _ => sql(doing(), error),
             })?;
-        for (name, value) in &row.spec.env {
-            transaction
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO sandbox_env (sandbox_id, name, value) VALUES (?, ?, ?)",
-                )
-                .and_then(|mut statement| statement.execute(params![row.id, name, value]))
-                .map_err(|error| sql(doing(), error))?;
-        }
+        insert_env(&transaction, &row.id, &row.spec.env).map_err(|error| sql(doing(), error))?;
         transaction.commit().map_err(|error| sql(doing(), error))
+    }
+
+    /// Gives a running member of a pool the identity of the sandbox it becomes, in state `starting`,
+    /// and counts that for the pool. Says whether it was a member still.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`] if the name is taken.
+    pub fn claim_member(&mut self, id: &str, new: &Identity, now: Timestamp) -> Result<bool> {
+        let doing = || format!("could not record sandbox `{}`", new.name);
+        let transaction = self
+            .connection
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
+            .map_err(|error| sql(doing(), error))?;
+        transaction
+            .prepare_cached(
+                "UPDATE pools SET hits = hits + 1 WHERE id = \
+                 (SELECT pool_id FROM sandboxes WHERE id = ? AND state = 'running')",
+            )
+            .and_then(|mut statement| statement.execute([id]))
+            .map_err(|error| sql(doing(), error))?;
+        let claimed = transaction
+            .prepare_cached(
+                "UPDATE sandboxes SET name = :name, state = 'starting', workdir = :workdir, \
+                 user = :user, ttl_ms = :ttl_ms, ephemeral = :ephemeral, created_ms = :now, \
+                 started_ms = :now, paused_ms = NULL, pool_id = NULL \
+                 WHERE id = :id AND state = 'running' AND pool_id IS NOT NULL",
+            )
+            .and_then(|mut statement| {
+                statement.execute(named_params! {
+                    ":id": id,
+                    ":name": new.name.as_str(),
+                    ":workdir": new.workdir,
+                    ":user": new.user,
+                    ":ttl_ms": new.ttl.map(millis),
+                    ":ephemeral": new.ephemeral,
+                    ":now": now.as_millisecond(),
+                })
+            })
+            .map_err(|error| match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&new.name),
+                _ => sql(doing(), error),
+            })?;
+        if claimed == 0 {
+            return Ok(false);
+        }
+        insert_env(&transaction, id, &new.env).map_err(|error| sql(doing(), error))?;
+        transaction.commit().map_err(|error| sql(doing(), error))?;
+        Ok(true)
+    }
+
+    /// Records whether a running sandbox is paused. Says whether it runs.
+    pub fn set_paused(&mut self, id: &str, since: Option<Timestamp>) -> Result<bool> {
+        self.connection
+            .prepare_cached(
+                "UPDATE sandboxes SET paused_ms = ?2 WHERE id = ?1 AND state = 'running'",
+            )
+            .and_then(|mut statement| {
+                statement.execute(params![id, since.map(Timestamp::as_millisecond)])
+            })
+            .map(|changed| changed == 1)
+            .map_err(|error| sql(format!("could not record a pause of sandbox {id}"), error))
+    }
+
+    /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
+    /// moves it to `deleting`. Idempotent.
+    pub fn begin_delete(&mut self, id: &str, now: Timestamp) -> Result<()> {
+        self.transition(id, &State::ALL, State::Deleting, None, now)?;
+        self.connection
+            .prepare_cached("UPDATE sandboxes SET name = ?2 WHERE id = ?1")
+            .and_then(|mut statement| statement.execute([id, SandboxName::hidden(id).as_str()]))
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not free the name of sandbox {id}"), error))
     }
 
     /// Moves a sandbox to `starting` with `holder` as the process that starts it, if it is in one
@@ -271,10 +363,11 @@ impl Store {
         now: Timestamp,
     ) -> Result<bool> {
         assert_ne!(to, State::Starting, "a start needs a holder");
+        assert_ne!(to, State::Paused, "a pause has a time: see `set_paused`");
         let stopped = matches!(to, State::Stopped | State::Error).then(|| now.as_millisecond());
         let text = format!(
-            "UPDATE sandboxes SET state = ?2, reason = ?3, stopped_ms = coalesce(?4, stopped_ms) \
-             WHERE id = ?1 AND state IN ({})",
+            "UPDATE sandboxes SET state = ?2, reason = ?3, stopped_ms = coalesce(?4, stopped_ms), \
+             paused_ms = NULL WHERE id = ?1 AND state IN ({})",
             list(from)
         );
         self.connection
@@ -337,6 +430,11 @@ impl Store {
     /// A sandbox by its id.
     pub fn sandbox(&self, id: &str) -> Result<Option<SandboxRow>> {
         Ok(self.select("WHERE id = ?", &[id])?.pop())
+    }
+
+    /// The members of a pool, oldest first.
+    pub fn members(&self, pool: &str) -> Result<Vec<SandboxRow>> {
+        self.select("WHERE pool_id = ? ORDER BY created_ms, id", &[pool])
     }
 
     /// All sandboxes, oldest first.
@@ -440,10 +538,11 @@ impl Store {
 
 fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
     let state: String = row.get(2)?;
+    let paused: Option<i64> = row.get(25)?;
     let mode: String = row.get(10)?;
     let name: String = row.get(1)?;
     let spec = SandboxSpec {
-        name: SandboxName::from_str(&name).map_err(|error| column(1, error))?,
+        name: SandboxName::stored(&name).map_err(|error| column(1, error))?,
         image: row.get(4)?,
         cpus: row.get(7)?,
         memory_mib: row.get(8)?,
@@ -478,6 +577,10 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
         state: State::ALL
             .into_iter()
             .find(|known| known.as_str() == state)
+            .map(|state| match (state, paused) {
+                (State::Running, Some(_)) => State::Paused,
+                (state, _) => state,
+            })
             .ok_or_else(|| column(2, Error::new(ErrorKind::State, "unknown state")))?,
         reason: row.get(3)?,
         spec,
@@ -496,20 +599,49 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
             .transpose()?,
         holder,
         vmm,
+        pool: row.get(26)?,
     })
+}
+
+fn insert_env(
+    connection: &rusqlite::Connection,
+    id: &str,
+    env: &[(String, String)],
+) -> rusqlite::Result<()> {
+    for (name, value) in env {
+        connection
+            .prepare_cached(
+                "INSERT OR REPLACE INTO sandbox_env (sandbox_id, name, value) VALUES (?, ?, ?)",
+            )?
+            .execute(params![id, name, value])?;
+    }
+    Ok(())
+}
+
+fn name_taken(name: &SandboxName) -> Error {
+    Error::new(
+        ErrorKind::AlreadyExists,
+        format!("a sandbox named `{name}` exists already"),
+    )
+    .hint(format!(
+        "choose another --name, or remove it with `smolvm rm {name}`"
+    ))
 }
 
 /// States as an SQL list; they are words of ours.
 fn list(states: &[State]) -> String {
-    let quoted: Vec<String> = states.iter().map(|state| format!("'{state}'")).collect();
+    let quoted: Vec<String> = states
+        .iter()
+        .map(|state| format!("'{}'", state.stored()))
+        .collect();
     quoted.join(", ")
 }
 
-fn column(at: usize, error: Error) -> rusqlite::Error {
+pub(super) fn column(at: usize, error: Error) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(at, Type::Text, Box::new(error))
 }
 
-fn instant(row: &Row<'_>, at: usize) -> rusqlite::Result<Timestamp> {
+pub(super) fn instant(row: &Row<'_>, at: usize) -> rusqlite::Result<Timestamp> {
     Timestamp::from_millisecond(row.get(at)?).map_err(|error| {
         rusqlite::Error::FromSqlConversionFailure(at, Type::Integer, Box::new(error))
     })
@@ -520,11 +652,11 @@ fn millis(duration: Duration) -> i64 {
 }
 
 /// SQLite's integers are signed; sizes and ticks never reach the last bit.
-fn to_sql(value: u64) -> i64 {
+pub(super) fn to_sql(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn from_sql(value: i64) -> u64 {
+pub(super) fn from_sql(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
 
@@ -552,20 +684,21 @@ pub(crate) mod tests {
             stopped_at: None,
             holder: None,
             vmm: None,
+            pool: None,
         }
     }
 
-    fn store() -> (tempfile::TempDir, Store) {
+    pub(crate) fn store() -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(&dir.path().join("state.db")).expect("a store");
         (dir, store)
     }
 
-    fn now() -> Timestamp {
+    pub(crate) fn now() -> Timestamp {
         Timestamp::from_millisecond(2_000).expect("an instant")
     }
 
-    fn process(pid: i32) -> ProcessIdentity {
+    pub(crate) fn process(pid: i32) -> ProcessIdentity {
         ProcessIdentity {
             pid,
             start_time_ticks: 7,
@@ -656,6 +789,88 @@ pub(crate) mod tests {
                 .begin_start("id-b", &from, &process(1), now())
                 .expect("free now")
         );
+    }
+
+    #[test]
+    fn a_pause_is_a_state_while_it_runs() {
+        let (_dir, mut store) = store();
+        store.insert_sandbox(&row("a")).expect("written");
+        let state = |store: &Store| {
+            let row = store.sandbox("id-a").expect("read").expect("there");
+            row.state
+        };
+        assert!(!store.set_paused("id-a", Some(now())).expect("not running"));
+        for (from, to) in [
+            (State::Created, State::Running),
+            (State::Running, State::Running),
+        ] {
+            assert!(
+                store
+                    .transition("id-a", &[from], to, None, now())
+                    .expect("moved")
+            );
+        }
+        assert!(store.set_paused("id-a", Some(now())).expect("paused"));
+        assert_eq!(state(&store), State::Paused);
+        // Whoever knows it as paused can move it on.
+        let stopped = store.transition("id-a", &[State::Paused], State::Stopped, None, now());
+        assert!(stopped.expect("moved"));
+        assert_eq!(state(&store), State::Stopped);
+    }
+
+    #[test]
+    fn a_name_is_free_once_its_sandbox_is_being_deleted() {
+        let (_dir, mut store) = store();
+        store.insert_sandbox(&row("a")).expect("written");
+        store.begin_delete("id-a", now()).expect("deleting");
+        store.begin_delete("id-a", now()).expect("again");
+        assert_eq!(store.sandbox_named("a").expect("read"), None);
+        let mut second = row("a");
+        second.id = "other".to_owned();
+        store.insert_sandbox(&second).expect("the name is free");
+        assert_eq!(store.sandboxes().expect("read").len(), 2);
+    }
+
+    #[test]
+    fn a_member_is_claimed_once() {
+        let (_dir, mut store) = store();
+        let new = |name: &str| Identity {
+            name: name.parse().expect("a name"),
+            env: vec![("B".to_owned(), "2".to_owned())],
+            workdir: None,
+            user: Some("nobody".to_owned()),
+            ttl: Some(Duration::from_secs(9)),
+            ephemeral: true,
+        };
+        let mut member = row("member");
+        member.pool = Some("p".to_owned());
+        member.spec.env.clear();
+        store.insert_sandbox(&member).expect("written");
+        store.insert_sandbox(&row("taken")).expect("written");
+        assert!(
+            !store
+                .claim_member("id-member", &new("a"), now())
+                .expect("not ready")
+        );
+        store
+            .transition("id-member", &State::ALL, State::Running, None, now())
+            .expect("ready");
+        let error = store.claim_member("id-member", &new("taken"), now());
+        assert_eq!(error.expect_err("taken").kind(), ErrorKind::AlreadyExists);
+        assert!(
+            store
+                .claim_member("id-member", &new("a"), now())
+                .expect("claimed")
+        );
+        assert!(
+            !store
+                .claim_member("id-member", &new("b"), now())
+                .expect("gone")
+        );
+        let row = store.sandbox_named("a").expect("read").expect("there");
+        assert_eq!((row.state, row.pool), (State::Starting, None));
+        assert_eq!(row.spec.env, new("a").env);
+        assert!(row.spec.ephemeral);
     }
 
     #[test]

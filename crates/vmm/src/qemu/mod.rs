@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 
@@ -213,7 +214,7 @@ impl Vm for QemuVm {
         self.control("resume", Command::Cont).await
     }
 
-    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<(), VmError> {
+    async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError> {
         const VERB: &str = "take a snapshot of";
         refuse_unsavable(&self.plan, memory)?;
         if let Some(exit) = self.process.exit() {
@@ -235,6 +236,7 @@ impl Vm for QemuVm {
             Some(copy) if shares => Some(self.blocking(VERB, move || copy.base()).await?),
             other => other,
         };
+        let still = Instant::now();
         let saved = self.monitor.save(for_qemu.into()).await;
         self.told(VERB, saved).await?;
         Shape::of(&self.plan)
@@ -260,7 +262,7 @@ impl Vm for QemuVm {
         if let Some(copy) = copy {
             copy.new.keep();
         }
-        Ok(())
+        Ok(still)
     }
 
     async fn kill(&mut self) -> Result<Exit, VmError> {

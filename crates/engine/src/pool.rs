@@ -1,0 +1,570 @@
+//! Sandboxes made ahead of demand.
+//!
+//! A pool is for sandboxes of one image and size. Its members are restored, have run commands, and
+//! stand still until one is claimed: that is one message to its keeper, which changes one row. The
+//! claim gives the member its name, and the guest its identity, clock and randomness. No daemon fills
+//! the pool: whoever claims a member, or finds none, starts a process that fills it up and ends.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use smolvm_host::os::{Durability, Lock};
+use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperReason, KeeperRequest, Starter};
+use smolvm_proto::message::EnvVar;
+
+use crate::assets::unknown_image;
+use crate::config::Config;
+use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64, sentence};
+use crate::error::{Error, ErrorKind, Result, io};
+use crate::launch::WarmCommand;
+use crate::session::Session;
+use crate::spec::{DiskMode, SandboxSpec};
+use crate::store::{PoolRow, SandboxRow, State, Store};
+
+/// Most members of a pool.
+pub const POOL_SIZE_MAX: u32 = 1024;
+
+/// A pool to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolSpec {
+    /// Name of the members' image.
+    pub image: String,
+    /// Virtual CPUs of a member.
+    pub cpus: u8,
+    /// Guest memory of a member in MiB.
+    pub memory_mib: u32,
+    /// Size of a member's writable layer in MiB.
+    pub disk_mib: u32,
+    /// Where a member's changes go; not [`DiskMode::Shared`].
+    pub disk_mode: DiskMode,
+    /// Members there are to be, 0 to [`POOL_SIZE_MAX`]. With 0 there is no pool.
+    pub size: u32,
+    /// What a member runs, each in a shell and with success, before it is parked; after `true` and,
+    /// where the image has it, Python.
+    pub commands: Vec<String>,
+}
+
+/// A pool as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolInfo {
+    /// What it is to be.
+    pub spec: PoolSpec,
+    /// Members that can be claimed.
+    pub ready: u32,
+    /// Members on their way.
+    pub coming: u32,
+    /// Sandboxes that were claimed from it.
+    pub hits: u64,
+    /// Sandboxes that found it empty.
+    pub misses: u64,
+    /// Why the last filling ended early.
+    pub failure: Option<String>,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+impl PoolSpec {
+    fn matches(&self, spec: &SandboxSpec) -> bool {
+        spec.kernel.is_none()
+            && (&*self.image, self.cpus, self.memory_mib)
+                == (&*spec.image, spec.cpus, spec.memory_mib)
+            && (self.disk_mib, self.disk_mode) == (spec.disk_mib, spec.disk_mode)
+    }
+
+    /// A sandbox such as its members are.
+    fn sandbox(&self) -> Result<SandboxSpec> {
+        Ok(SandboxSpec {
+            image: self.image.clone(),
+            cpus: self.cpus,
+            memory_mib: self.memory_mib,
+            disk_mib: self.disk_mib,
+            disk_mode: self.disk_mode,
+            ..SandboxSpec::new("member".parse()?)
+        })
+    }
+
+    fn of(row: &PoolRow) -> Self {
+        Self {
+            image: row.image.clone(),
+            cpus: row.cpus,
+            memory_mib: row.memory_mib,
+            disk_mib: row.disk_mib,
+            disk_mode: row.disk_mode,
+            size: row.size,
+            commands: row.commands.clone(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.sandbox()?.check()?;
+        if self.size > POOL_SIZE_MAX {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "a pool of {} members is above the most, {POOL_SIZE_MAX}",
+                    self.size
+                ),
+            )
+            .hint(format!("give --size a value from 0 to {POOL_SIZE_MAX}")));
+        }
+        if self.disk_mode == DiskMode::Shared {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "members of a pool cannot share a disk, which has one writer",
+            )
+            .hint("give --disk-mode isolated or memory"));
+        }
+        if self.commands.iter().any(|command| command.contains('\0')) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "a command has a NUL in it",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What every member runs before the pool's own commands: under emulation, what has run once is
+/// several times faster.
+fn warm_commands(own: &[String]) -> Vec<WarmCommand> {
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let always = [
+        words(&["true"]),
+        words(&["python3", "-c", "print(6*7)"]),
+        // Twice: the first time, what is translated is used once.
+        words(&["true"]),
+    ];
+    let always = always.into_iter().map(|argv| WarmCommand {
+        argv,
+        // Not every image has them.
+        required: false,
+    });
+    let own = own.iter().map(|command| WarmCommand {
+        // Its output would fill the window of a stream that nobody reads.
+        argv: words(&["sh", "-c", &format!("exec >/dev/null 2>&1\n{command}")]),
+        required: true,
+    });
+    always.chain(own).collect()
+}
+
+impl Engine {
+    /// Makes a sandbox and starts it: from a pool if one has a member that fits, else as
+    /// [`Engine::create`] and [`Engine::start`] do.
+    ///
+    /// # Errors
+    ///
+    /// Theirs.
+    pub async fn launch(&self, spec: &SandboxSpec) -> Result<(Session, StartTimes)> {
+        if let Some(started) = self.claim(spec).await? {
+            return Ok(started);
+        }
+        self.create(spec)?;
+        self.start(spec.name.as_str()).await
+    }
+
+    /// A sandbox from a pool; `None` if there is no pool for it, or no member is ready. Either way
+    /// the pool is filled up in the background.
+    async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
+        let begun = Instant::now();
+        spec.check()?;
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(None);
+        };
+        let pools = store.pools()?;
+        let Some(pool) = pools.iter().find(|pool| PoolSpec::of(pool).matches(spec)) else {
+            return Ok(None);
+        };
+        let Some(image) = store.image(&spec.image)? else {
+            return Ok(None);
+        };
+        let mut members = store.members(&pool.id)?;
+        members.retain(|row| row.state == State::Paused && row.image_digest == image.digest);
+        // Not all from the same end, so that claims at one moment rarely meet.
+        let first = usize::try_from(random_u64()?).unwrap_or(0) % members.len().max(1);
+        members.rotate_left(first);
+        let request = KeeperRequest::Claim(claim_request(spec)?);
+        for member in members {
+            // Its keeper may have ended, or somebody else may have been faster: the next one, then.
+            let Ok(session) =
+                Session::connect(spec.name.as_str(), self.layout().sandbox(&member.id).path())
+            else {
+                continue;
+            };
+            match session.client.ask_keeper(&request).await {
+                Ok(KeeperEvent::Ready(ready)) => {
+                    self.fill_in_background(&pool.id);
+                    let since = |micros| Duration::from_micros(micros);
+                    let times = StartTimes {
+                        spawn: Duration::ZERO,
+                        vmm: Duration::ZERO,
+                        hello: since(ready.hello_us),
+                        ready: begun.elapsed(),
+                    };
+                    return Ok(Some((session, times)));
+                }
+                Ok(KeeperEvent::Failed(failure))
+                    if failure.reason == Some(KeeperReason::NameTaken) =>
+                {
+                    return Err(Error::new(ErrorKind::AlreadyExists, failure.message).hint(
+                        format!(
+                            "choose another --name, or remove it with `smolvm rm {}`",
+                            spec.name
+                        ),
+                    ));
+                }
+                Ok(answer) => tracing::debug!(?answer, member = member.id, "no claim"),
+                Err(error) => tracing::debug!(%error, member = member.id, "no claim"),
+            }
+        }
+        store.count_pool_miss(&pool.id)?;
+        self.fill_in_background(&pool.id);
+        Ok(None)
+    }
+
+    /// All pools, oldest first.
+    pub fn pools(&self) -> Result<Vec<PoolInfo>> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(Vec::new());
+        };
+        let rows = crate::teardown::reconcile(self.os(), self.layout(), &mut store)?;
+        let pools = store.pools()?;
+        Ok(pools
+            .into_iter()
+            .map(|pool| {
+                let count = |ready: bool| {
+                    let members = rows.iter().filter(|row| {
+                        row.pool.as_deref() == Some(&pool.id)
+                            && (row.state == State::Paused) == ready
+                    });
+                    u32::try_from(members.count()).unwrap_or(u32::MAX)
+                };
+                PoolInfo {
+                    ready: count(true),
+                    coming: count(false),
+                    spec: PoolSpec::of(&pool),
+                    hits: pool.hits,
+                    misses: pool.misses,
+                    failure: pool.failure,
+                    created_at: pool.created_at,
+                }
+            })
+            .collect())
+    }
+
+    /// Makes a pool, or changes the one of the same image and size, and fills it. `ready` is told
+    /// each time how many members there are. A size of 0 removes it with its members.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`]; [`ErrorKind::NotFound`] for an unknown image; what a member did
+    /// not start for. The pool stays, with the members it has.
+    pub async fn set_pool(&self, spec: &PoolSpec, ready: &mut dyn FnMut(u32)) -> Result<()> {
+        spec.check()?;
+        let mut store = self.store()?;
+        if store.image(&spec.image)?.is_none() {
+            return Err(unknown_image(&spec.image));
+        }
+        let before = store.pools()?;
+        let row = store.put_pool(&PoolRow {
+            id: format!("{:016x}", random_u64()?),
+            image: spec.image.clone(),
+            cpus: spec.cpus,
+            memory_mib: spec.memory_mib,
+            disk_mib: spec.disk_mib,
+            disk_mode: spec.disk_mode,
+            size: spec.size,
+            commands: spec.commands.clone(),
+            hits: 0,
+            misses: 0,
+            failure: None,
+            created_at: Timestamp::now(),
+        })?;
+        if spec.size == 0 {
+            return self.remove_pool(&mut store, &row.id).await;
+        }
+        self.os()
+            .create_dir_all("make the directory", &self.layout().pools())?;
+        let text = serde_json::to_vec(self.config()).map_err(|error| {
+            Error::new(ErrorKind::Internal, "could not write the pool's file").because(error)
+        })?;
+        // For whoever fills it in the background.
+        self.os().write_file_atomic(
+            "write the pool's file",
+            &self.pool_file(&row.id, "json"),
+            &text,
+            0o600,
+            Durability::Synced,
+        )?;
+        let lock = self
+            .os()
+            .lock("lock the pool", &self.pool_file(&row.id, "lock"))?;
+        let old = before.iter().find(|old| old.id == row.id);
+        if old.is_some_and(|old| old.commands != row.commands) {
+            // Members that other commands have warmed are of another kind.
+            self.remove_members(&mut store, &row.id, |_| true).await?;
+        }
+        drop(store);
+        self.fill_locked(&row.id, &lock, ready).await
+    }
+
+    async fn remove_pool(&self, store: &mut Store, id: &str) -> Result<()> {
+        store.delete_pool(id)?;
+        // Whoever fills it at this moment notices, and ends; what it has made is then here.
+        drop(
+            self.os()
+                .lock("lock the pool", &self.pool_file_for_lock(id)?)?,
+        );
+        self.remove_members(store, id, |_| true).await?;
+        for kind in ["json", "log", "lock"] {
+            self.os()
+                .remove_file("remove the pool's file", &self.pool_file(id, kind))?;
+        }
+        Ok(())
+    }
+
+    fn pool_file_for_lock(&self, id: &str) -> Result<PathBuf> {
+        self.os()
+            .create_dir_all("make the directory", &self.layout().pools())?;
+        Ok(self.pool_file(id, "lock"))
+    }
+
+    async fn remove_members(
+        &self,
+        store: &mut Store,
+        id: &str,
+        which: impl Fn(&SandboxRow) -> bool,
+    ) -> Result<()> {
+        for row in store.members(id)?.iter().filter(|row| which(row)) {
+            match self.delete(row.spec.name.as_str()).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills a pool up, unless somebody does already. For a process of its own.
+    ///
+    /// # Errors
+    ///
+    /// What a member did not start for; it is recorded with the pool.
+    pub async fn fill_pool(&self, id: &str) -> Result<()> {
+        loop {
+            let path = self.pool_file_for_lock(id)?;
+            let Some(lock) = self.os().try_lock("lock the pool", &path)? else {
+                return Ok(());
+            };
+            self.fill_locked(id, &lock, &mut |_| {}).await?;
+            drop(lock);
+            // A claim that saw the lock taken relies on whoever held it to look once more.
+            if self.lacks(id)? == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// How many members a pool lacks.
+    fn lacks(&self, id: &str) -> Result<u32> {
+        let store = self.store()?;
+        let pools = store.pools()?;
+        let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
+            return Ok(0);
+        };
+        let members = u32::try_from(store.members(id)?.len()).unwrap_or(u32::MAX);
+        Ok(pool.size.saturating_sub(members))
+    }
+
+    async fn fill_locked(&self, id: &str, _lock: &Lock, ready: &mut dyn FnMut(u32)) -> Result<()> {
+        let mut store = self.store()?;
+        loop {
+            // Looked up each time: it may be changed or removed meanwhile.
+            let Some(pool) = store.pools()?.into_iter().find(|pool| pool.id == id) else {
+                return Ok(());
+            };
+            crate::teardown::reconcile(self.os(), self.layout(), &mut store)?;
+            let image = store
+                .image(&pool.image)?
+                .ok_or_else(|| unknown_image(&pool.image))?;
+            let stale = |row: &SandboxRow| row.image_digest != image.digest;
+            self.remove_members(&mut store, id, stale).await?;
+            let members = store.members(id)?;
+            let size = usize::try_from(pool.size).unwrap_or(usize::MAX);
+            if let Some(surplus) = members.get(size..) {
+                for row in surplus {
+                    self.delete(row.spec.name.as_str()).await?;
+                }
+                ready(pool.size);
+                return Ok(());
+            }
+            ready(u32::try_from(members.len()).unwrap_or(u32::MAX));
+            let made = self.make_member(&mut store, &pool, image.digest).await;
+            let failure = made.as_ref().err().map(sentence);
+            if failure != pool.failure {
+                store.set_pool_failure(id, failure.as_deref())?;
+            }
+            made?;
+        }
+    }
+
+    async fn make_member(&self, store: &mut Store, pool: &PoolRow, digest: String) -> Result<()> {
+        let spec = PoolSpec::of(pool).sandbox()?;
+        let kernel = self.default_kernel()?;
+        let row = self.insert(store, &spec, digest, kernel, Some(pool.id.clone()))?;
+        let beginning = Beginning {
+            snapshot: None,
+            park: Some(warm_commands(&pool.commands)),
+        };
+        let name = row.spec.name.as_str();
+        match self.start_with(name, &beginning).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                match self.delete(name).await {
+                    Err(left) if left.kind() != ErrorKind::NotFound => {
+                        tracing::warn!(%left, "could not remove a member that did not start");
+                    }
+                    _ => {}
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts a process that fills a pool, if it lacks members and nobody fills it. What goes wrong
+    /// is no concern of the sandbox that was just started: it is recorded with the pool.
+    fn fill_in_background(&self, id: &str) {
+        let started = self.lacks(id).and_then(|lacks| {
+            let path = self.pool_file_for_lock(id)?;
+            if lacks == 0 || self.os().try_lock("lock the pool", &path)?.is_none() {
+                return Ok(());
+            }
+            let log = self
+                .os()
+                .create_log("open the pool's log", &self.pool_file(id, "log"))?;
+            let program = &self.config().keeper;
+            let mut child = Command::new(program)
+                .arg("--fill-pool")
+                .arg(self.pool_file(id, "json"))
+                .env_clear()
+                .current_dir("/")
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::from(log))
+                .spawn()
+                .map_err(|error| io(format!("could not run {}", program.display()), error))?;
+            // A caller that lives longer must not collect zombies.
+            let _ = std::thread::Builder::new()
+                .stack_size(64 * 1024)
+                .spawn(move || child.wait());
+            Ok(())
+        });
+        if let Err(error) = started {
+            tracing::warn!(reason = sentence(&error), "could not fill the pool");
+        }
+    }
+
+    fn pool_file(&self, id: &str, kind: &str) -> PathBuf {
+        self.layout().pools().join(format!("{id}.{kind}"))
+    }
+}
+
+/// The engine and the pool's id that a pool's file stands for.
+///
+/// # Errors
+///
+/// [`ErrorKind::State`] if it is none.
+pub fn read_pool_file(path: &Path) -> Result<(Engine, String)> {
+    let doing = || format!("could not read the pool's file {}", path.display());
+    let bytes = std::fs::read(path).map_err(|error| io(doing(), error))?;
+    let config: Config = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))?;
+    let id = path.file_stem().unwrap_or_default().to_string_lossy();
+    Ok((Engine::new(config), id.into_owned()))
+}
+
+fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
+    let starter = spec.ephemeral.then(myself).transpose()?;
+    Ok(ClaimRequest {
+        name: spec.name.to_string(),
+        env: spec
+            .env
+            .iter()
+            .map(|(name, value)| EnvVar {
+                name: name.clone().into_bytes().into(),
+                value: value.clone().into_bytes().into(),
+            })
+            .collect(),
+        cwd: spec.workdir.clone(),
+        user: spec.user.clone(),
+        ttl_ms: spec
+            .ttl
+            .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+        ephemeral: spec.ephemeral,
+        starter: starter.map(|starter| Starter {
+            pid: starter.pid,
+            start_time_ticks: starter.start_time_ticks,
+            boot_id: starter.boot_id,
+        }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool() -> PoolSpec {
+        PoolSpec {
+            image: "debian-12".to_owned(),
+            cpus: 1,
+            memory_mib: 512,
+            disk_mib: 4096,
+            disk_mode: DiskMode::Isolated,
+            size: 1,
+            commands: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_pool_is_for_sandboxes_of_its_kind() {
+        let spec = SandboxSpec::new("a".parse().expect("a name"));
+        assert!(pool().matches(&spec));
+        let others: [fn(&mut SandboxSpec); 6] = [
+            |spec| spec.image = "other".to_owned(),
+            |spec| spec.cpus = 2,
+            |spec| spec.memory_mib = 256,
+            |spec| spec.disk_mib = 64,
+            |spec| spec.disk_mode = DiskMode::Memory,
+            |spec| spec.kernel = Some("/vmlinux".into()),
+        ];
+        for change in others {
+            let mut other = spec.clone();
+            change(&mut other);
+            assert!(!pool().matches(&other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn impossible_pools_are_refused() {
+        let changes: [fn(&mut PoolSpec); 4] = [
+            |pool| pool.size = POOL_SIZE_MAX + 1,
+            |pool| pool.disk_mode = DiskMode::Shared,
+            |pool| pool.commands = vec!["a\0b".to_owned()],
+            |pool| pool.cpus = 0,
+        ];
+        for change in changes {
+            let mut wrong = pool();
+            change(&mut wrong);
+            let error = wrong.check().expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{wrong:?}");
+        }
+        pool().check().expect("possible");
+    }
+
+    #[test]
+    fn a_pools_own_commands_have_to_succeed() {
+        let commands = warm_commands(&["import numpy".to_owned()]);
+        let required: Vec<bool> = commands.iter().map(|command| command.required).collect();
+        assert_eq!(required, [false, false, false, true]);
+    }
+}

@@ -1,0 +1,647 @@
+//! Pausing, saving and multiplying machines that run.
+//!
+//! A snapshot is a machine as it was at one moment: its memory, the state of its devices, and its
+//! disk. Any number of sandboxes can be started from it, at once, under new names, when the one it was
+//! taken of is long gone, and after the host was restarted. A fork is the same, with a snapshot that
+//! lives no longer than the fork takes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use smolvm_host::os::Durability;
+use smolvm_proto::keeper::{CaptureRequest, KeeperEvent, KeeperRequest};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::assets::stamp;
+use crate::engine::{
+    Beginning, Engine, KEEPER_PATIENCE, StartTimes, blocking, myself, random_u64, unknown_sandbox,
+    used_below,
+};
+use crate::error::{Error, ErrorKind, Result, io};
+use crate::plan::HostFacts;
+use crate::session::Session;
+use crate::spec::{DiskMode, SandboxName, SandboxSpec};
+use crate::store::{SandboxRow, SnapshotRow, SnapshotState, State, Store};
+
+/// Most children of one fork.
+pub const FORK_CHILDREN_MAX: u32 = 256;
+
+/// Most time a snapshot may take to be written, however large the machine.
+const CAPTURE_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Sandboxes that are started at one time; more only wait for each other.
+const STARTS_AT_ONCE: usize = 4;
+
+/// By how much the rate of the time-stamp counter may differ from the one a guest was told, in
+/// thousandths: it is measured anew at each start of the host, and a guest's clock is wrong by as much.
+const TSC_TOLERANCE_PERMILLE: u64 = 1;
+
+/// A snapshot in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Sixteen hexadecimal digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Name of the sandbox it was taken of.
+    pub sandbox: String,
+    /// Image of its root file system.
+    pub image: String,
+    /// Virtual CPUs.
+    pub cpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// Bytes it takes on the host's disk.
+    pub size_bytes: u64,
+    /// Its directory.
+    pub path: PathBuf,
+    /// How long the sandbox stood still for it, if that is known: only to the one who took it.
+    pub paused: Option<Duration>,
+}
+
+/// What became of one child of a fork.
+#[derive(Debug)]
+pub struct Forked {
+    /// Its name.
+    pub name: SandboxName,
+    /// How long its start took, or why it did not start. One that did not start is gone.
+    pub result: Result<StartTimes>,
+}
+
+/// What a fork came to.
+#[derive(Debug)]
+pub struct Fork {
+    /// How long the source stood still.
+    pub paused: Duration,
+    /// Each child, in the order of their names.
+    pub children: Vec<Forked>,
+}
+
+/// The files of a machine that was saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Saved {
+    dir: PathBuf,
+    needs: Needs,
+}
+
+/// What a host has to have in common with the one a machine was saved on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Needs {
+    /// Identity of the VMM's program: it wrote the state, and only it is sure to read it.
+    vmm: u64,
+    /// The program, for people.
+    program: PathBuf,
+    /// Rate of the time-stamp counter that the guest was told.
+    tsc_khz: Option<u64>,
+}
+
+impl Saved {
+    fn needs_of(facts: &HostFacts) -> Result<Needs> {
+        Ok(Needs {
+            vmm: stamp("engine", &facts.qemu)?,
+            program: facts.qemu.clone(),
+            tsc_khz: facts.tsc_khz,
+        })
+    }
+
+    fn open(dir: PathBuf) -> Result<Self> {
+        let path = dir.join(DESCRIPTION);
+        let doing = || {
+            format!(
+                "could not read the snapshot's description {}",
+                path.display()
+            )
+        };
+        let bytes = std::fs::read(&path).map_err(|error| io(doing(), error))?;
+        let needs = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))?;
+        Ok(Self { dir, needs })
+    }
+
+    /// Guest memory.
+    pub(crate) fn memory(&self) -> PathBuf {
+        self.dir.join("memory")
+    }
+
+    /// State of the machine's CPUs and devices.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The writable layer, if the machine has one.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.dir.join("disk.ext4")
+    }
+
+    /// Refuses a host on which the machine could not go on.
+    pub(crate) fn check(&self, facts: &HostFacts) -> Result<()> {
+        let here = Self::needs_of(facts)?;
+        let refuse = |why: String| {
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                "the snapshot cannot be restored on this host as it is now",
+            )
+            .because(why)
+            .hint("take a new snapshot; one lasts for as long as the host's QEMU does"))
+        };
+        if here.vmm != self.needs.vmm {
+            return refuse(format!(
+                "it was taken with another {} than is there now",
+                self.needs.program.display()
+            ));
+        }
+        match (self.needs.tsc_khz, here.tsc_khz) {
+            (None, None) => Ok(()),
+            (Some(then), Some(now))
+                if then.abs_diff(now).saturating_mul(1000) <= then * TSC_TOLERANCE_PERMILLE =>
+            {
+                Ok(())
+            }
+            (then, now) => refuse(format!(
+                "its guest knows a time-stamp counter of {} kHz, and this host's has {}",
+                then.unwrap_or(0),
+                now.unwrap_or(0)
+            )),
+        }
+    }
+}
+
+/// File name of a snapshot's description.
+const DESCRIPTION: &str = "snapshot.json";
+
+impl Engine {
+    // ---- pausing ----
+
+    /// Makes a running sandbox stand still. Its memory stays, and it uses no processor. Does nothing
+    /// if it is paused already.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotRunning`]; [`ErrorKind::GuestFailed`] if its guest does not answer, in which
+    /// case it goes on.
+    pub async fn pause(&self, name: &str) -> Result<()> {
+        let (_, session) = self.held(name).await?;
+        ask(&session, &KeeperRequest::Pause, KEEPER_PATIENCE)
+            .await
+            .map(|_| ())
+    }
+
+    /// Lets a paused sandbox go on, with the clock put right. Does nothing if it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotRunning`]; [`ErrorKind::GuestFailed`].
+    pub async fn resume(&self, name: &str) -> Result<()> {
+        let (_, session) = self.held(name).await?;
+        ask(&session, &KeeperRequest::Resume, KEEPER_PATIENCE)
+            .await
+            .map(|_| ())
+    }
+
+    /// A sandbox that runs or is paused, and a connection to it.
+    async fn held(&self, name: &str) -> Result<(SandboxRow, Session)> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_sandbox(name));
+        };
+        loop {
+            let row = self.row(&mut store, name)?;
+            match row.state {
+                State::Starting => {
+                    if let Some(session) = self.attach_when_there(&row).await? {
+                        session.wait_ready().await?;
+                    }
+                }
+                State::Running | State::Paused => {
+                    if let Some(session) = self.attach_when_there(&row).await? {
+                        return Ok((row, session));
+                    }
+                }
+                state => {
+                    return Err(Error::new(
+                        ErrorKind::NotRunning,
+                        format!("sandbox `{name}` is not running, it is {state}"),
+                    )
+                    .hint(format!("start it with `smolvm start {name}`")));
+                }
+            }
+        }
+    }
+
+    // ---- snapshots ----
+
+    /// Saves a sandbox as it is at this moment, running or paused, and lets it go on as it was.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::NotRunning`]; [`ErrorKind::Unsupported`] for one that
+    /// shares its disk or runs on hardware virtualization, where this is not proven yet;
+    /// [`ErrorKind::NoSpace`]. Nothing remains after an error.
+    pub async fn snapshot(&self, name: &str, snapshot: Option<&str>) -> Result<SnapshotInfo> {
+        let snapshot = match snapshot {
+            // The rule is that of sandboxes, and so is the message.
+            Some(given) => given.parse::<SandboxName>()?.to_string(),
+            None => self.unused_snapshot_name(name)?,
+        };
+        let (row, saved, paused) = self.capture(name, &snapshot, Keep::OnDisk).await?;
+        Ok(SnapshotInfo {
+            paused: Some(paused),
+            ..describe(row, &saved.dir)
+        })
+    }
+
+    /// All snapshots, oldest first, with what crashes left removed. Makes nothing on disk.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Ok(Vec::new());
+        };
+        self.reconcile_snapshots(&mut store)?;
+        let rows = store.snapshots()?;
+        let ready = rows
+            .into_iter()
+            .filter(|row| row.state == SnapshotState::Ready);
+        Ok(ready
+            .map(|row| {
+                let dir = self.snapshot_dir(&row.id);
+                describe(row, &dir)
+            })
+            .collect())
+    }
+
+    /// Makes a sandbox from a snapshot and starts it where the other was.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::AlreadyExists`]; [`ErrorKind::Unsupported`] if the host is
+    /// not as it was in what matters. Nothing remains after an error.
+    pub async fn restore(
+        &self,
+        snapshot: &str,
+        name: &SandboxName,
+    ) -> Result<(Session, StartTimes)> {
+        let mut store = self.store()?;
+        self.reconcile_snapshots(&mut store)?;
+        let row = ready(&store, snapshot)?;
+        let saved = Saved::open(self.snapshot_dir(&row.id))?;
+        self.start_copy(&mut store, &row, &saved, name).await
+    }
+
+    /// Removes a snapshot. Sandboxes that were started from it keep what they have.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`].
+    pub fn remove_snapshot(&self, name: &str) -> Result<()> {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
+            return Err(unknown_snapshot(name));
+        };
+        self.reconcile_snapshots(&mut store)?;
+        let row = ready(&store, name)?;
+        self.destroy_snapshot(&mut store, &row.id)
+    }
+
+    // ---- forks ----
+
+    /// Makes `children` sandboxes that go on where `name` is now, with its processes, open files and
+    /// memory, which they share until they write. The source stands still only while it is copied.
+    /// The children are called `prefix-1` and so on, with numbers that are free; the prefix is the
+    /// source's name if absent.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::snapshot`], if nothing could be copied. What becomes of each child is told for
+    /// each.
+    pub async fn fork(&self, name: &str, children: u32, prefix: Option<&str>) -> Result<Fork> {
+        if children == 0 || children > FORK_CHILDREN_MAX {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("a fork of {children} children is not within 1 and {FORK_CHILDREN_MAX}"),
+            ));
+        }
+        let prefix = prefix.unwrap_or(name);
+        // Checked before anything is made; the longest of the names.
+        format!("{prefix}-{FORK_CHILDREN_MAX}").parse::<SandboxName>()?;
+        let hidden = format!(".fork-{:016x}", random_u64()?);
+        let (row, saved, paused) = self.capture(name, &hidden, Keep::ForNow).await?;
+        let outcome = self.start_children(&row, &saved, prefix, children).await;
+        let removed = self
+            .store()
+            .and_then(|mut store| self.destroy_snapshot(&mut store, &row.id));
+        let children = outcome?;
+        removed?;
+        Ok(Fork { paused, children })
+    }
+
+    async fn start_children(
+        &self,
+        row: &SnapshotRow,
+        saved: &Saved,
+        prefix: &str,
+        children: u32,
+    ) -> Result<Vec<Forked>> {
+        let turns = Arc::new(Semaphore::new(STARTS_AT_ONCE));
+        let mut starting = JoinSet::new();
+        let mut number = 0;
+        for _ in 0..children {
+            let name = self.unused_child(prefix, &mut number)?;
+            let (engine, turns) = (self.clone(), Arc::clone(&turns));
+            let (row, saved) = (row.clone(), saved.clone());
+            starting.spawn(async move {
+                let _turn = turns.acquire_owned().await;
+                let result = async {
+                    let mut store = engine.store()?;
+                    engine.start_copy(&mut store, &row, &saved, &name).await
+                }
+                .await;
+                Forked {
+                    name,
+                    result: result.map(|(_, times)| times),
+                }
+            });
+        }
+        let mut forked = starting.join_all().await;
+        forked.sort_by_key(|child| (child.name.as_str().len(), child.name.to_string()));
+        Ok(forked)
+    }
+
+    /// The next name for a child that no sandbox has at this moment.
+    fn unused_child(&self, prefix: &str, number: &mut u32) -> Result<SandboxName> {
+        let store = self.store()?;
+        loop {
+            *number += 1;
+            let name = format!("{prefix}-{number}");
+            if store.sandbox_named(&name)?.is_none() {
+                return name.parse();
+            }
+        }
+    }
+
+    // ---- what all of them do ----
+
+    /// Makes a sandbox as a snapshot's row says and starts it from the files. Nothing remains of
+    /// one that does not start.
+    async fn start_copy(
+        &self,
+        store: &mut Store,
+        row: &SnapshotRow,
+        saved: &Saved,
+        name: &SandboxName,
+    ) -> Result<(Session, StartTimes)> {
+        let spec = SandboxSpec {
+            image: row.image.clone(),
+            cpus: row.cpus,
+            memory_mib: row.memory_mib,
+            disk_mib: row.disk_mib,
+            disk_mode: row.disk_mode,
+            env: row.env.clone(),
+            workdir: row.workdir.clone(),
+            user: row.user.clone(),
+            ..SandboxSpec::new(name.clone())
+        };
+        self.insert(
+            store,
+            &spec,
+            row.image_digest.clone(),
+            row.kernel.clone(),
+            None,
+        )?;
+        let beginning = Beginning {
+            snapshot: Some(saved),
+            park: None,
+        };
+        match self.start_with(name.as_str(), &beginning).await {
+            Ok(started) => Ok(started),
+            Err(error) => {
+                // Without its memory it is not what was asked for. Why it failed says more than that
+                // it could not be removed as well.
+                if let Err(left) = self.delete(name.as_str()).await {
+                    tracing::warn!(%left, "could not remove a sandbox that did not start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes a sandbox's machine to a new snapshot.
+    async fn capture(
+        &self,
+        name: &str,
+        snapshot: &str,
+        keep: Keep,
+    ) -> Result<(SnapshotRow, Saved, Duration)> {
+        let (sandbox, session) = self.held(name).await?;
+        refuse_uncopyable(&sandbox)?;
+        let mut store = self.store()?;
+        self.reconcile_snapshots(&mut store)?;
+        let facts = self.host_facts(&mut store, &sandbox)?;
+        let row = SnapshotRow {
+            id: format!("{:016x}", random_u64()?),
+            name: snapshot.to_owned(),
+            state: SnapshotState::Making,
+            sandbox: sandbox.spec.name.to_string(),
+            image: sandbox.spec.image.clone(),
+            image_digest: sandbox.image_digest.clone(),
+            kernel: sandbox.kernel.clone(),
+            cpus: sandbox.spec.cpus,
+            memory_mib: sandbox.spec.memory_mib,
+            disk_mib: sandbox.spec.disk_mib,
+            disk_mode: sandbox.spec.disk_mode,
+            env: sandbox.spec.env.clone(),
+            workdir: sandbox.spec.workdir.clone(),
+            user: sandbox.spec.user.clone(),
+            created_at: Timestamp::now(),
+            holder: Some(myself()?),
+        };
+        store.insert_snapshot(&row)?;
+        let made = async {
+            let dir = self.snapshot_dir(&row.id);
+            self.os()
+                .create_dir_all("make the directory", &self.layout().snapshots())?;
+            self.os()
+                .create_dir("make the snapshot's directory", &dir)?;
+            let saved = Saved {
+                needs: Saved::needs_of(&facts)?,
+                dir,
+            };
+            let paused = self.write(&session, &saved, keep).await?;
+            if let Keep::OnDisk = keep {
+                store.set_snapshot_state(&row.id, SnapshotState::Ready, None)?;
+            }
+            Ok((saved, paused))
+        }
+        .await;
+        match made {
+            Ok((saved, paused)) => Ok((row, saved, paused)),
+            Err(error) => {
+                self.destroy_snapshot(&mut store, &row.id)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the keeper write the machine. Returns how long the guest stood still.
+    async fn write(&self, session: &Session, saved: &Saved, keep: Keep) -> Result<Duration> {
+        use std::os::unix::ffi::OsStrExt;
+
+        let directory = std::path::absolute(&saved.dir)
+            .map_err(|error| io("could not find the current directory", error))?;
+        let request = KeeperRequest::Capture(CaptureRequest {
+            directory: directory.as_os_str().as_bytes().to_vec().into(),
+        });
+        let paused = match ask(session, &request, CAPTURE_PATIENCE).await? {
+            KeeperEvent::Captured(captured) => Duration::from_micros(captured.paused_us),
+            other => return Err(session.confused(&other)),
+        };
+        let text = serde_json::to_vec(&saved.needs).map_err(|error| {
+            Error::new(ErrorKind::Internal, "could not describe the snapshot").because(error)
+        })?;
+        let path = saved.dir.join(DESCRIPTION);
+        let durability = match keep {
+            Keep::OnDisk => Durability::Synced,
+            Keep::ForNow => Durability::Cached,
+        };
+        self.os()
+            .write_file_atomic("describe the snapshot", &path, &text, 0o600, durability)?;
+        if let Keep::OnDisk = keep {
+            let (engine, saved) = (self.clone(), saved.clone());
+            blocking(move || {
+                for file in [saved.memory(), saved.state(), saved.disk()] {
+                    if file.exists() {
+                        engine.os().sync("write the snapshot to the disk", &file)?;
+                    }
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(paused)
+    }
+
+    fn snapshot_dir(&self, id: &str) -> PathBuf {
+        self.layout().snapshots().join(id)
+    }
+
+    /// Removes a snapshot's files, and its row last. Idempotent.
+    fn destroy_snapshot(&self, store: &mut Store, id: &str) -> Result<()> {
+        store.set_snapshot_state(id, SnapshotState::Deleting, Some(&myself()?))?;
+        self.os()
+            .remove_tree("remove the snapshot's directory", &self.snapshot_dir(id))?;
+        store.delete_snapshot(id)
+    }
+
+    /// Removes what processes that are gone left half made or half removed.
+    pub(crate) fn reconcile_snapshots(&self, store: &mut Store) -> Result<()> {
+        for row in store.snapshots()? {
+            let abandoned = match (row.state, &row.holder) {
+                (SnapshotState::Ready, _) => false,
+                (_, Some(holder)) => !holder.is_alive()?,
+                (_, None) => true,
+            };
+            if abandoned {
+                self.destroy_snapshot(store, &row.id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A name after the sandbox that no snapshot has at this moment.
+    fn unused_snapshot_name(&self, sandbox: &str) -> Result<String> {
+        let store = self.store()?;
+        for number in 1_u32.. {
+            let name = format!("{sandbox}-{number}");
+            if store.snapshot_named(&name)?.is_none() {
+                return Ok(name.parse::<SandboxName>()?.to_string());
+            }
+        }
+        unreachable!("there are not 2^32 snapshots")
+    }
+}
+
+/// How long a snapshot is to last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// Until it is removed, whatever becomes of the host.
+    OnDisk,
+    /// Until this process has started the copies.
+    ForNow,
+}
+
+async fn ask(session: &Session, request: &KeeperRequest, limit: Duration) -> Result<KeeperEvent> {
+    tokio::time::timeout(limit, session.keeper(request))
+        .await
+        .unwrap_or_else(|_| {
+            Err(Error::new(
+                ErrorKind::Timeout,
+                format!(
+                    "the keeper of sandbox `{}` did not answer within {} s",
+                    session.name(),
+                    limit.as_secs()
+                ),
+            )
+            .hint(format!(
+                "see its state with `smolvm info {}`",
+                session.name()
+            )))
+        })
+}
+
+fn ready(store: &Store, name: &str) -> Result<SnapshotRow> {
+    store
+        .snapshot_named(name)?
+        .filter(|row| row.state == SnapshotState::Ready)
+        .ok_or_else(|| unknown_snapshot(name))
+}
+
+fn unknown_snapshot(name: &str) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("there is no snapshot named `{}`", name.escape_debug()),
+    )
+    .hint("see the snapshots with `smolvm snapshot ls`")
+}
+
+/// Refuses a sandbox of which no copy could be told apart from it, or is not proven to work.
+fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
+    let name = &row.spec.name;
+    let refuse = |why: &str, hint: &str| {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("sandbox `{name}` cannot be copied"),
+        )
+        .because(why.to_owned())
+        .hint(hint.to_owned()))
+    };
+    if row.spec.disk_mode == DiskMode::Shared {
+        return refuse(
+            "its disk is shared, and may have one writer",
+            "create it with --disk-mode isolated",
+        );
+    }
+    if row.accel.as_deref() == Some("kvm") {
+        return refuse(
+            "copying machines is not proven on hardware virtualization yet",
+            "start it with --accel emulation",
+        );
+    }
+    Ok(())
+}
+
+fn describe(row: SnapshotRow, dir: &Path) -> SnapshotInfo {
+    SnapshotInfo {
+        id: row.id,
+        name: row.name,
+        sandbox: row.sandbox,
+        image: row.image,
+        cpus: row.cpus,
+        memory_mib: row.memory_mib,
+        created_at: row.created_at,
+        size_bytes: used_below(dir),
+        path: dir.to_owned(),
+        paused: None,
+    }
+}

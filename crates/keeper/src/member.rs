@@ -1,0 +1,181 @@
+//! A member of a pool: warmed, parked, and at last claimed.
+//!
+//! Under emulation a machine is quick at what it has done before, so a member runs commands before it
+//! is parked. Parked, it stands still and costs no time. A claim is one message: it gives the member
+//! its row's new name, lets it go on, and gives the guest its identity.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use smolvm_engine::ErrorKind;
+use smolvm_engine::store::Identity;
+use smolvm_host::ProcessIdentity;
+use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperFailure, KeeperReason};
+use smolvm_proto::message::{Event, ExecRequest, Request};
+use smolvm_proto::{Frame, Kind};
+use tokio::time::Instant;
+
+use crate::driver::{
+    CLAIM_TIME, Driver, End, Phase, WARM_STREAM, WARM_TIME, Waiter, broken, failure, watch_starter,
+};
+use crate::error::KeeperError;
+
+impl Driver {
+    /// Starts the command that is first in turn. Says whether there was one.
+    pub(crate) fn warm_on(&mut self) -> bool {
+        let Phase::Warming { deadline, left } = &mut self.phase else {
+            return false;
+        };
+        let Some(command) = left.front() else {
+            return false;
+        };
+        *deadline = Instant::now() + WARM_TIME;
+        let words = command.argv.iter();
+        let request = Request::Exec(ExecRequest {
+            argv: words.map(|word| word.clone().into_bytes().into()).collect(),
+            env: Vec::new(),
+            cwd: None,
+            user: None,
+            timeout_ms: None,
+            terminal: None,
+            stdin: false,
+        });
+        self.guest
+            .send(Frame::message(WARM_STREAM, Kind::Open, &request));
+        true
+    }
+
+    /// Hears of the command under way, and parks the member after the last one.
+    pub(crate) async fn hear_warm(&mut self, frame: &Frame) -> Option<End> {
+        let Phase::Warming { left, .. } = &mut self.phase else {
+            return None;
+        };
+        let outcome = match frame.decode::<Event>() {
+            Ok(Event::Exited(exited)) if exited.code == Some(0) => Ok(()),
+            Ok(Event::Exited(exited)) => Err(match (exited.code, exited.signal) {
+                (Some(code), _) => format!("it exited with code {code}"),
+                (None, signal) => format!("it was ended by signal {}", signal.unwrap_or(0)),
+            }),
+            Ok(Event::Failed(failure)) => Err(failure.message),
+            Ok(_) => return None,
+            Err(error) => Err(error.to_string()),
+        };
+        let command = left.pop_front()?;
+        if let Err(reason) = outcome
+            && command.required
+        {
+            let command = command.argv.last().map_or("", String::as_str);
+            return broken(format!("the warm-up command `{command}` failed: {reason}"));
+        }
+        if self.warm_on() {
+            return None;
+        }
+        // The guest has read all that was sent to it: it has answered the last of it.
+        if let Err(error) = self.vm.pause().await {
+            return broken(KeeperError::from(error).chain());
+        }
+        // That it stands still is what tells others that it can be claimed.
+        match self
+            .store
+            .set_paused(&self.launch.id, Some(Timestamp::now()))
+        {
+            Ok(true) => {}
+            Ok(false) => return broken(KeeperError::Declared.to_string()),
+            Err(error) => return broken(error.to_string()),
+        }
+        let ready = self.ready();
+        self.phase = Phase::Parked(ready.clone());
+        for waiter in std::mem::take(&mut self.waiting_ready) {
+            self.answer(waiter, &KeeperEvent::Ready(ready.clone()));
+        }
+        None
+    }
+
+    /// Makes the member a sandbox. Answered when the guest has its identity.
+    pub(crate) async fn claim(&mut self, waiter: Waiter, claim: ClaimRequest) -> Option<End> {
+        let refuse = |reason, message: String| {
+            KeeperEvent::Failed(KeeperFailure {
+                message,
+                console: Vec::new(),
+                reason: Some(reason),
+            })
+        };
+        let not_parked = || {
+            let message = "the sandbox is no parked member of a pool".to_owned();
+            refuse(KeeperReason::NotParked, message)
+        };
+        if !matches!(self.phase, Phase::Parked(_)) {
+            self.answer(waiter, &not_parked());
+            return None;
+        }
+        let identity = match identity(&claim) {
+            Ok(identity) => identity,
+            Err(error) => {
+                self.answer(waiter, &failure(error.to_string(), Vec::new()));
+                return None;
+            }
+        };
+        let claimed = self
+            .store
+            .claim_member(&self.launch.id, &identity, Timestamp::now());
+        let refusal = match claimed {
+            Ok(true) => None,
+            Ok(false) => Some(not_parked()),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Some(refuse(KeeperReason::NameTaken, error.to_string()))
+            }
+            Err(error) => Some(failure(error.to_string(), Vec::new())),
+        };
+        if let Some(refusal) = refusal {
+            self.answer(waiter, &refusal);
+            return None;
+        }
+        self.begun = Instant::now();
+        self.launch.name = claim.name;
+        self.launch.env = identity.env;
+        self.launch.workdir = identity.workdir;
+        self.launch.user = identity.user;
+        self.launch.ttl_ms = claim.ttl_ms;
+        self.launch.ephemeral = claim.ephemeral;
+        self.waiting_ready.push(waiter);
+        self.phase = Phase::Booting {
+            deadline: self.begun + CLAIM_TIME,
+            hello: true,
+        };
+        if let Some(starter) = claim.starter {
+            let starter = ProcessIdentity {
+                pid: starter.pid,
+                start_time_ticks: starter.start_time_ticks,
+                boot_id: starter.boot_id,
+            };
+            if let Err(error) = watch_starter(&starter, self.inbox.clone()) {
+                return broken(error.chain());
+            }
+        }
+        // Sent first, so that it is there when the guest wakes.
+        if let Some(end) = self.send_birth(false) {
+            return Some(end);
+        }
+        match self.vm.resume().await {
+            Ok(()) => None,
+            Err(error) => broken(KeeperError::from(error).chain()),
+        }
+    }
+}
+
+/// What the store is told; the claim was checked by the one who makes it.
+fn identity(claim: &ClaimRequest) -> smolvm_engine::Result<Identity> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(Identity {
+        name: claim.name.parse()?,
+        env: claim
+            .env
+            .iter()
+            .map(|variable| (text(&variable.name), text(&variable.value)))
+            .collect(),
+        workdir: claim.cwd.clone(),
+        user: claim.user.clone(),
+        ttl: claim.ttl_ms.map(Duration::from_millis),
+        ephemeral: claim.ephemeral,
+    })
+}
