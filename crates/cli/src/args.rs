@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use smolvm_engine::AccelChoice;
 
 use crate::commands::{
-    bench, completion, cp, create, delete, doctor, exec, file, image, info, list, logs, prune, run,
-    setup, shell, start, stop,
+    bench, completion, cp, create, delete, doctor, exec, file, fork, image, info, list, logs,
+    pause, pool, prune, run, setup, shell, snapshot, start, stop,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -95,6 +95,12 @@ pub(crate) enum Command {
     Start(start::Args),
     /// Stop a sandbox
     Stop(stop::Args),
+    /// Make sandboxes stand still; they keep their memory and use no processor
+    Pause(pause::PauseArgs),
+    /// Let paused sandboxes go on
+    Resume(pause::ResumeArgs),
+    /// Make copies of a running sandbox that go on where it is
+    Fork(fork::Args),
     /// Delete sandboxes, running or not
     #[command(alias = "delete")]
     Rm(delete::Args),
@@ -106,6 +112,10 @@ pub(crate) enum Command {
     Sandbox(Sandbox),
     /// Files of a sandbox
     File(File),
+    /// Sandboxes saved as they run, to start others from
+    Snapshot(Snapshot),
+    /// Sandboxes made ahead of demand
+    Pool(Pool),
     /// Images sandboxes are made from
     #[command(after_help = "Example:\n  smolvm image list")]
     Image(Image),
@@ -141,6 +151,12 @@ pub(crate) enum SandboxCommand {
     Start(start::Args),
     /// Stop a sandbox
     Stop(stop::Args),
+    /// Make sandboxes stand still; they keep their memory and use no processor
+    Pause(pause::PauseArgs),
+    /// Let paused sandboxes go on
+    Resume(pause::ResumeArgs),
+    /// Make copies of a running sandbox that go on where it is
+    Fork(fork::Args),
     /// Delete sandboxes, running or not
     #[command(alias = "rm")]
     Delete(delete::Args),
@@ -155,6 +171,53 @@ pub(crate) enum SandboxCommand {
     /// Files of a sandbox
     #[command(hide = true)]
     File(File),
+    /// Sandboxes saved as they run, to start others from
+    #[command(hide = true)]
+    Snapshot(Snapshot),
+}
+
+/// `smolvm snapshot`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm snapshot create box --name before")]
+pub(crate) struct Snapshot {
+    #[command(subcommand)]
+    pub(crate) command: Option<SnapshotCommand>,
+}
+
+/// The verbs of `smolvm snapshot`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Save a sandbox as it is now: memory, devices and disk
+    Create(snapshot::CreateArgs),
+    /// List the snapshots
+    #[command(alias = "ls")]
+    List(snapshot::ListArgs),
+    /// Start a new sandbox from a snapshot
+    Restore(snapshot::RestoreArgs),
+    /// Delete snapshots
+    #[command(alias = "rm")]
+    Delete(snapshot::DeleteArgs),
+}
+
+/// `smolvm pool`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm pool set --size 4")]
+pub(crate) struct Pool {
+    #[command(subcommand)]
+    pub(crate) command: Option<PoolCommand>,
+}
+
+/// The verbs of `smolvm pool`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// Have this many sandboxes ready, and fill up now
+    Set(pool::SetArgs),
+    /// List the pools
+    #[command(alias = "ls")]
+    List(pool::ListArgs),
+    /// Delete a pool and its members
+    #[command(alias = "rm")]
+    Delete(pool::DeleteArgs),
 }
 
 /// `smolvm file`.

@@ -20,6 +20,31 @@ pub(crate) fn answer() -> bool {
 
 /// The sandboxes, as candidates.
 pub(crate) fn sandboxes() -> Vec<CompletionCandidate> {
+    let sandboxes = engine().and_then(|engine| engine.list().ok());
+    sandboxes
+        .unwrap_or_default()
+        .into_iter()
+        .map(|sandbox| {
+            CompletionCandidate::new(sandbox.name.as_str())
+                .help(Some(sandbox.state.as_str().to_owned().into()))
+        })
+        .collect()
+}
+
+/// The snapshots, as candidates.
+pub(crate) fn snapshots() -> Vec<CompletionCandidate> {
+    let snapshots = engine().and_then(|engine| engine.snapshots().ok());
+    snapshots
+        .unwrap_or_default()
+        .into_iter()
+        .map(|snapshot| {
+            let of = format!("of {}", snapshot.sandbox);
+            CompletionCandidate::new(snapshot.name).help(Some(of.into()))
+        })
+        .collect()
+}
+
+fn engine() -> Option<Engine> {
     let globals = Globals {
         json: false,
         data_dir: None,
@@ -27,15 +52,6 @@ pub(crate) fn sandboxes() -> Vec<CompletionCandidate> {
         quiet: true,
         verbose: 0,
     };
-    let Ok(config) = World::read().config(&globals, None) else {
-        return Vec::new();
-    };
-    let sandboxes = Engine::new(config).list().unwrap_or_default();
-    sandboxes
-        .into_iter()
-        .map(|sandbox| {
-            CompletionCandidate::new(sandbox.name.as_str())
-                .help(Some(sandbox.state.as_str().to_owned().into()))
-        })
-        .collect()
+    let config = World::read().config(&globals, None).ok()?;
+    Some(Engine::new(config))
 }

@@ -586,7 +586,7 @@ impl Engine {
                         &row.id,
                         &[State::Starting],
                         State::Error,
-                        Some(&sentence(&error)),
+                        Some(&error.in_one_line()),
                         Timestamp::now(),
                     )?;
                     return Err(error);
@@ -670,7 +670,7 @@ impl Engine {
                 }
                 // What stands in the way of a template need not stand in the way of a sandbox.
                 Err(error) => tracing::warn!(
-                    reason = sentence(&error),
+                    reason = error.in_one_line(),
                     "could not make a template; booting instead"
                 ),
             }
@@ -990,17 +990,6 @@ pub(crate) fn unknown_sandbox(name: &str) -> Error {
         format!("there is no sandbox named `{}`", name.escape_debug()),
     )
     .hint("see the sandboxes with `smolvm ls --all`")
-}
-
-/// An error with its causes on one line.
-pub(crate) fn sentence(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(source) = cause {
-        text = format!("{text}: {source}");
-        cause = source.source();
-    }
-    text
 }
 
 pub(crate) fn myself() -> Result<ProcessIdentity> {

@@ -16,7 +16,7 @@ use smolvm_proto::message::EnvVar;
 
 use crate::assets::unknown_image;
 use crate::config::Config;
-use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64, sentence};
+use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::launch::WarmCommand;
 use crate::session::Session;
@@ -150,23 +150,17 @@ fn warm_commands(own: &[String]) -> Vec<WarmCommand> {
 }
 
 impl Engine {
-    /// Makes a sandbox and starts it: from a pool if one has a member that fits, else as
-    /// [`Engine::create`] and [`Engine::start`] do.
+    /// A sandbox from a pool, which runs and has its name when this returns; `None` if there is no
+    /// pool for it, or no member is ready: then [`Engine::create`] it. Either way the pool is filled up
+    /// in the background.
+    ///
+    /// Takes some milliseconds, and is not to be given up: what is under way then may or may not have
+    /// become the sandbox.
     ///
     /// # Errors
     ///
-    /// Theirs.
-    pub async fn launch(&self, spec: &SandboxSpec) -> Result<(Session, StartTimes)> {
-        if let Some(started) = self.claim(spec).await? {
-            return Ok(started);
-        }
-        self.create(spec)?;
-        self.start(spec.name.as_str()).await
-    }
-
-    /// A sandbox from a pool; `None` if there is no pool for it, or no member is ready. Either way
-    /// the pool is filled up in the background.
-    async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
+    /// [`ErrorKind::AlreadyExists`] if the name is taken; [`ErrorKind::InvalidInput`].
+    pub async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
         let begun = Instant::now();
         spec.check()?;
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
@@ -400,7 +394,7 @@ impl Engine {
             }
             ready(u32::try_from(members.len()).unwrap_or(u32::MAX));
             let made = self.make_member(&mut store, &pool, image.digest).await;
-            let failure = made.as_ref().err().map(sentence);
+            let failure = made.as_ref().err().map(Error::in_one_line);
             if failure != pool.failure {
                 store.set_pool_failure(id, failure.as_deref())?;
             }
@@ -460,7 +454,7 @@ impl Engine {
             Ok(())
         });
         if let Err(error) = started {
-            tracing::warn!(reason = sentence(&error), "could not fill the pool");
+            tracing::warn!(reason = error.in_one_line(), "could not fill the pool");
         }
     }
 

@@ -30,13 +30,15 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let info = block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(cx, &engine, &mut signals, &spec.image, spec.kernel.clone()).await?;
-        let created = args.machine.create(&engine, &mut spec)?;
         if args.no_start {
-            return Ok(created);
+            return args.machine.create(&engine, &mut spec);
         }
         prepare::note_emulation(cx, &engine);
+        let claimed = args.machine.claim_or_create(&engine, &mut spec).await?;
         let name = spec.name.as_str();
-        if let Err(error) = signals.or_interrupted(engine.start(name)).await {
+        if claimed.is_none()
+            && let Err(error) = signals.or_interrupted(engine.start(name)).await
+        {
             // What was asked for is a running sandbox; half of it would only be in the way. The
             // console is in the error.
             // What went wrong first is what counts.

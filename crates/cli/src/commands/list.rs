@@ -18,7 +18,7 @@ pub(crate) struct Args {
     /// Only those in this state
     #[arg(long, value_name = "STATE", conflicts_with = "all")]
     #[arg(value_parser = PossibleValuesParser::new(
-        ["created", "starting", "running", "stopping", "stopped", "error"]
+        ["created", "starting", "running", "paused", "stopping", "stopped", "error"]
     ))]
     status: Option<String>,
     /// Print names only
@@ -38,7 +38,7 @@ impl Args {
 /// Whether a sandbox in this state has processes on the host.
 fn alive(state: State) -> bool {
     match state {
-        State::Starting | State::Running | State::Stopping => true,
+        State::Starting | State::Running | State::Paused | State::Stopping => true,
         State::Created | State::Stopped | State::Error | State::Deleting => false,
     }
 }

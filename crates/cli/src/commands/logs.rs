@@ -78,7 +78,7 @@ fn follow(engine: &Engine, args: &Args) -> Result<(), CliError> {
 
 fn running(engine: &Engine, name: &str) -> bool {
     engine.info(name).is_ok_and(|info| match info.state {
-        State::Starting | State::Running | State::Stopping => true,
+        State::Starting | State::Running | State::Paused | State::Stopping => true,
         State::Created | State::Stopped | State::Error | State::Deleting => false,
     })
 }

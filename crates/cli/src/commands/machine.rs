@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use smolvm_engine::{
     CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, MEMORY_MIB_DEFAULT,
-    SandboxInfo, SandboxSpec,
+    PoolSpec, SandboxInfo, SandboxSpec, Session,
 };
 
 use super::Context;
@@ -15,16 +15,13 @@ use crate::units;
 /// How often another generated name is tried when someone else was faster.
 const NAMES_TRIED: usize = 16;
 
-/// What the sandbox is to be.
-#[derive(Debug, clap::Args)]
+/// What makes one sandbox like another, so that it could be made ahead.
+#[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Sandbox")]
-pub(crate) struct Machine {
-    /// Its name [default: generated]
-    #[arg(short, long)]
-    name: Option<String>,
+pub(crate) struct Shape {
     /// Image of its root file system
     #[arg(long, default_value = DEFAULT_IMAGE)]
-    image: String,
+    pub(crate) image: String,
     /// Virtual CPUs
     #[arg(long, value_name = "COUNT", default_value_t = CPUS_DEFAULT)]
     cpus: u8,
@@ -39,6 +36,40 @@ pub(crate) struct Machine {
     /// time, or its memory
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Mode::Isolated)]
     disk_mode: Mode,
+}
+
+impl Shape {
+    fn disk_mode(&self) -> DiskMode {
+        match self.disk_mode {
+            Mode::Isolated => DiskMode::Isolated,
+            Mode::Shared => DiskMode::Shared,
+            Mode::Memory => DiskMode::Memory,
+        }
+    }
+
+    /// A pool of such sandboxes.
+    pub(crate) fn pool(&self, size: u32, commands: Vec<String>) -> PoolSpec {
+        PoolSpec {
+            image: self.image.clone(),
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            disk_mib: self.disk,
+            disk_mode: self.disk_mode(),
+            size,
+            commands,
+        }
+    }
+}
+
+/// What the sandbox is to be.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct Machine {
+    /// Its name [default: generated]
+    #[arg(short, long)]
+    name: Option<String>,
+    #[command(flatten)]
+    shape: Shape,
     /// Environment of its commands; NAME alone copies ours
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -71,11 +102,6 @@ enum Mode {
 }
 
 impl Machine {
-    /// Whether the name was generated.
-    fn anonymous(&self) -> bool {
-        self.name.is_none()
-    }
-
     /// What was meant, checked.
     ///
     /// # Errors
@@ -95,15 +121,11 @@ impl Machine {
             None => None,
         };
         let spec = SandboxSpec {
-            image: self.image.clone(),
-            cpus: self.cpus,
-            memory_mib: self.memory,
-            disk_mib: self.disk,
-            disk_mode: match self.disk_mode {
-                Mode::Isolated => DiskMode::Isolated,
-                Mode::Shared => DiskMode::Shared,
-                Mode::Memory => DiskMode::Memory,
-            },
+            image: self.shape.image.clone(),
+            cpus: self.shape.cpus,
+            memory_mib: self.shape.memory,
+            disk_mib: self.shape.disk,
+            disk_mode: self.shape.disk_mode(),
             env: environment(cx, &self.env_file, &self.env)?,
             workdir: self.workdir.clone(),
             user: self.user.clone(),
@@ -127,13 +149,38 @@ impl Machine {
     ) -> Result<SandboxInfo, CliError> {
         for _ in 1..NAMES_TRIED {
             match engine.create(spec) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists && self.anonymous() => {
-                    spec.name = engine.unused_name()?;
-                }
+                Err(error) if self.renames(&error) => spec.name = engine.unused_name()?,
                 result => return Ok(result?),
             }
         }
         Ok(engine.create(spec)?)
+    }
+
+    /// Takes the sandbox from a pool, where it runs already; creates it if there is none (`None`), and
+    /// then it is to be started. Names as [`Machine::create`].
+    ///
+    /// # Errors
+    ///
+    /// What the engine failed with.
+    pub(crate) async fn claim_or_create(
+        &self,
+        engine: &Engine,
+        spec: &mut SandboxSpec,
+    ) -> Result<Option<Session>, CliError> {
+        for _ in 0..NAMES_TRIED {
+            match engine.claim(spec).await {
+                Ok(Some((session, _))) => return Ok(Some(session)),
+                Ok(None) => break,
+                Err(error) if self.renames(&error) => spec.name = engine.unused_name()?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.create(engine, spec).map(|_| None)
+    }
+
+    /// Whether another name may do.
+    fn renames(&self, error: &smolvm_engine::Error) -> bool {
+        self.name.is_none() && error.kind() == ErrorKind::AlreadyExists
     }
 }
 

@@ -11,16 +11,20 @@ pub(crate) mod delete;
 pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod file;
+pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod info;
 mod join;
 pub(crate) mod list;
 pub(crate) mod logs;
 mod machine;
+pub(crate) mod pause;
+pub(crate) mod pool;
 pub(crate) mod prune;
 pub(crate) mod run;
 pub(crate) mod setup;
 pub(crate) mod shell;
+pub(crate) mod snapshot;
 pub(crate) mod start;
 pub(crate) mod stop;
 
@@ -32,7 +36,10 @@ use clap::CommandFactory as _;
 use serde_json::Value;
 use smolvm_engine::Engine;
 
-use crate::args::{BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, SandboxCommand};
+use crate::args::{
+    BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, PoolCommand, SandboxCommand,
+    SnapshotCommand,
+};
 use crate::exit::Exit;
 use crate::output::{self, Output};
 use crate::report::CliError;
@@ -159,6 +166,9 @@ fn verb(command: Command) -> (&'static str, Verb) {
         Command::Logs(args) => sandbox(SandboxCommand::Logs(args)),
         Command::Start(args) => sandbox(SandboxCommand::Start(args)),
         Command::Stop(args) => sandbox(SandboxCommand::Stop(args)),
+        Command::Pause(args) => sandbox(SandboxCommand::Pause(args)),
+        Command::Resume(args) => sandbox(SandboxCommand::Resume(args)),
+        Command::Fork(args) => sandbox(SandboxCommand::Fork(args)),
         Command::Rm(args) => sandbox(SandboxCommand::Delete(args)),
         Command::Sandbox(group) => match group.command {
             Some(command) => sandbox(command),
@@ -166,6 +176,13 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Cp(args) => verb!("cp", cp::run, args),
         Command::File(group) => file(group.command),
+        Command::Snapshot(group) => snapshot(group.command),
+        Command::Pool(group) => match group.command {
+            Some(PoolCommand::Set(args)) => verb!("pool.set", pool::set, args),
+            Some(PoolCommand::List(args)) => verb!("pool.list", pool::list, args),
+            Some(PoolCommand::Delete(args)) => verb!("pool.delete", pool::delete, args),
+            None => ("pool", Verb::Help(&["pool"])),
+        },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
             None => ("image", Verb::Help(&["image"])),
@@ -193,12 +210,32 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
         SandboxCommand::Info(args) => verb!("sandbox.info", info::run, args),
         SandboxCommand::Start(args) => verb!("sandbox.start", start::run, args),
         SandboxCommand::Stop(args) => verb!("sandbox.stop", stop::run, args),
+        SandboxCommand::Pause(args) => verb!("sandbox.pause", pause::pause, args),
+        SandboxCommand::Resume(args) => verb!("sandbox.resume", pause::resume, args),
+        SandboxCommand::Fork(args) => verb!("sandbox.fork", fork::run, args),
         SandboxCommand::Delete(args) => verb!("sandbox.delete", delete::run, args),
         SandboxCommand::Exec(args) => verb!("sandbox.exec", exec::run, args),
         SandboxCommand::Shell(args) => verb!("sandbox.shell", shell::run, args),
         SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
         SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
         SandboxCommand::File(group) => file(group.command),
+        SandboxCommand::Snapshot(group) => snapshot(group.command),
+    }
+}
+
+fn snapshot(command: Option<SnapshotCommand>) -> (&'static str, Verb) {
+    macro_rules! verb {
+        ($name:literal, $function:path, $args:expr) => {{
+            let args = $args;
+            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
+        }};
+    }
+    match command {
+        Some(SnapshotCommand::Create(args)) => verb!("snapshot.create", snapshot::create, args),
+        Some(SnapshotCommand::List(args)) => verb!("snapshot.list", snapshot::list, args),
+        Some(SnapshotCommand::Restore(args)) => verb!("snapshot.restore", snapshot::restore, args),
+        Some(SnapshotCommand::Delete(args)) => verb!("snapshot.delete", snapshot::delete, args),
+        None => ("snapshot", Verb::Help(&["snapshot"])),
     }
 }
 
@@ -250,7 +287,10 @@ pub(crate) fn named<'a>(cli: &clap::Command, words: impl Iterator<Item = &'a OsS
         [] => "smolvm".to_owned(),
         ["ls"] => "sandbox.list".to_owned(),
         ["rm"] => "sandbox.delete".to_owned(),
-        [name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop")] => {
+        [
+            name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop" | "pause"
+            | "resume" | "fork"),
+        ] => {
             format!("sandbox.{name}")
         }
         _ => names.join("."),

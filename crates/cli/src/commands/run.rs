@@ -47,10 +47,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(cx, &engine, &mut signals, &spec.image, spec.kernel.clone()).await?;
-        args.machine.create(&engine, &mut spec)?;
+        let claimed = args.machine.claim_or_create(&engine, &mut spec).await?;
         let name = spec.name.as_str();
         prepare::note_emulation(cx, &engine);
-        let (session, result) = live(args, cx, &engine, name, &command, &mut signals).await;
+        let live = live(args, cx, &engine, name, claimed, &command, &mut signals);
+        let (session, result) = live.await;
         if args.keep && result.is_ok() {
             output::stderr(name);
         } else {
@@ -72,18 +73,22 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     })
 }
 
-/// Starts the sandbox and runs the command in it.
+/// Starts the sandbox, unless it came running, and runs the command in it.
 async fn live(
     args: &Args,
     cx: &Context,
     engine: &Engine,
     name: &str,
+    claimed: Option<Session>,
     command: &ExecSpec,
     signals: &mut Signals,
 ) -> (Option<Session>, Result<Ended, CliError>) {
-    let session = match signals.or_interrupted(engine.start(name)).await {
-        Ok((session, _)) => session,
-        Err(error) => return (None, Err(error)),
+    let session = match claimed {
+        Some(session) => session,
+        None => match signals.or_interrupted(engine.start(name)).await {
+            Ok((session, _)) => session,
+            Err(error) => return (None, Err(error)),
+        },
     };
     let result = async {
         if !args.keep {

@@ -1,0 +1,148 @@
+//! `smolvm pool`: sandboxes made ahead of demand.
+
+use serde_json::{Value, json};
+use smolvm_engine::{ErrorKind, PoolInfo, PoolSpec};
+
+use super::machine::Shape;
+use super::{Context, Outcome, block_on};
+use crate::report::CliError;
+use crate::signals::Signals;
+use crate::{prepare, units};
+
+/// Arguments of `pool set`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  smolvm pool set --size 4
+  smolvm pool set --size 2 --memory 1G --warm-cmd 'python3 -c \"import json\"'
+
+`smolvm run` and `smolvm create` with the same image and sizes take a member of the pool, which has run
+`true` and Python before. The pool is filled up again in the background. Members stand still: they use
+memory, and no processor. A size of 0 deletes the pool.")]
+pub(crate) struct SetArgs {
+    /// Members to have ready
+    #[arg(long, value_name = "COUNT")]
+    #[arg(value_parser = clap::value_parser!(u32).range(0..=i64::from(smolvm_engine::POOL_SIZE_MAX)))]
+    size: u32,
+    /// Shell command that each member runs before it is ready; it has to succeed (can be repeated)
+    #[arg(long, value_name = "COMMAND")]
+    warm_cmd: Vec<String>,
+    #[command(flatten)]
+    shape: Shape,
+}
+
+/// Arguments of `pool list`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  smolvm pool ls")]
+pub(crate) struct ListArgs {}
+
+/// Arguments of `pool delete`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  smolvm pool rm --memory 1G")]
+pub(crate) struct DeleteArgs {
+    /// Delete all pools
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    shape: Shape,
+}
+
+/// Makes or changes a pool, and fills it.
+pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(None)?;
+    let spec = args.shape.pool(args.size, args.warm_cmd.clone());
+    block_on(async {
+        let mut signals = Signals::install()?;
+        if args.size > 0 {
+            prepare::image(cx, &engine, &mut signals, &spec.image, None).await?;
+        }
+        let mut told = |ready| {
+            if ready > 0 {
+                cx.out.status(&format!("{ready} of {} ready", args.size));
+            }
+        };
+        signals
+            .or_interrupted(engine.set_pool(&spec, &mut told))
+            .await
+    })?;
+    let pool = engine.pools()?.into_iter().find(|pool| pool.spec == spec);
+    Ok(json!({ "pool": pool.as_ref().map(describe) }).into())
+}
+
+/// Lists the pools.
+pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let pools = cx.engine(None)?.pools()?;
+    cx.out.table(
+        &[
+            "IMAGE", "CPUS", "MEMORY", "DISK", "SIZE", "READY", "COMING", "HITS", "MISSES",
+            "FAILURE",
+        ],
+        pools
+            .iter()
+            .map(|pool| {
+                vec![
+                    pool.spec.image.clone(),
+                    pool.spec.cpus.to_string(),
+                    units::show_mib(pool.spec.memory_mib),
+                    units::show_mib(pool.spec.disk_mib),
+                    pool.spec.size.to_string(),
+                    pool.ready.to_string(),
+                    pool.coming.to_string(),
+                    pool.hits.to_string(),
+                    pool.misses.to_string(),
+                    pool.failure.clone().unwrap_or_default(),
+                ]
+            })
+            .collect(),
+    )?;
+    let pools: Vec<_> = pools.iter().map(describe).collect();
+    Ok(json!({ "pools": pools }).into())
+}
+
+/// Deletes a pool, or all.
+pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(None)?;
+    let wanted = args.shape.pool(0, Vec::new());
+    let mut specs: Vec<_> = engine.pools()?.into_iter().map(|pool| pool.spec).collect();
+    specs.retain(|spec| {
+        args.all
+            || wanted
+                == PoolSpec {
+                    size: 0,
+                    commands: Vec::new(),
+                    ..spec.clone()
+                }
+    });
+    if specs.is_empty() && !args.all {
+        let error = smolvm_engine::Error::new(ErrorKind::NotFound, "there is no such pool");
+        return Err(error.hint("see the pools with `smolvm pool ls`").into());
+    }
+    block_on(async {
+        for spec in &mut specs {
+            spec.size = 0;
+            engine.set_pool(spec, &mut |_| {}).await?;
+            cx.out.line(&spec.image)?;
+        }
+        Ok(())
+    })?;
+    let deleted: Vec<_> = specs.iter().map(|spec| &spec.image).collect();
+    Ok(json!({ "deleted": deleted }).into())
+}
+
+fn describe(pool: &PoolInfo) -> Value {
+    json!({
+        "image": pool.spec.image,
+        "vcpus": pool.spec.cpus,
+        "memory": pool.spec.memory_mib,
+        "disk_size": pool.spec.disk_mib,
+        "disk_mode": pool.spec.disk_mode.as_str(),
+        "size": pool.spec.size,
+        "warm_commands": pool.spec.commands,
+        "ready": pool.ready,
+        "coming": pool.coming,
+        "hits": pool.hits,
+        "misses": pool.misses,
+        "failure": pool.failure,
+        "created_at": pool.created_at,
+    })
+}
