@@ -303,19 +303,19 @@ impl Engine {
         self.fill_locked(&row.id, &lock, ready).await
     }
 
+    /// Removes the members of a pool of size 0, and its row last.
     async fn remove_pool(&self, store: &mut Store, id: &str) -> Result<()> {
-        store.delete_pool(id)?;
         // Whoever fills it at this moment notices, and ends; what it has made is then here.
-        drop(
-            self.os()
-                .lock("lock the pool", &self.pool_file_for_lock(id)?)?,
-        );
+        let lock = self
+            .os()
+            .lock("lock the pool", &self.pool_file_for_lock(id)?)?;
         self.remove_members(store, id, |_| true).await?;
         for kind in ["json", "log", "lock"] {
             self.os()
                 .remove_file("remove the pool's file", &self.pool_file(id, kind))?;
         }
-        Ok(())
+        drop(lock);
+        store.delete_pool(id)
     }
 
     fn pool_file_for_lock(&self, id: &str) -> Result<PathBuf> {

@@ -327,11 +327,11 @@ impl Engine {
         // Checked before anything is made; the longest of the names.
         format!("{prefix}-{FORK_CHILDREN_MAX}").parse::<SandboxName>()?;
         let hidden = format!(".fork-{:016x}", random_u64()?);
+        // Opened now, so that nothing stands in the way of cleaning up.
+        let mut store = self.store()?;
         let (row, saved, paused) = self.capture(name, &hidden, Keep::ForNow).await?;
         let outcome = self.start_children(&row, &saved, prefix, children).await;
-        let removed = self
-            .store()
-            .and_then(|mut store| self.destroy_snapshot(&mut store, &row.id));
+        let removed = self.destroy_snapshot(&mut store, &row.id);
         let children = outcome?;
         removed?;
         Ok(Fork { paused, children })
@@ -528,7 +528,8 @@ impl Engine {
 
     /// Removes a snapshot's files, and its row last. Idempotent.
     fn destroy_snapshot(&self, store: &mut Store, id: &str) -> Result<()> {
-        store.set_snapshot_state(id, SnapshotState::Deleting, Some(&myself()?))?;
+        // It is nobody's: if this process fails, any other may go on.
+        store.set_snapshot_state(id, SnapshotState::Deleting, None)?;
         self.os()
             .remove_tree("remove the snapshot's directory", &self.snapshot_dir(id))?;
         store.delete_snapshot(id)

@@ -12,8 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{ImageRow, Store};
 use smolvm_engine::{
-    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, Result, SandboxSpec, Session,
-    State,
+    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, PoolSpec, Result, SandboxSpec,
+    Session, State,
 };
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Faults, Os};
@@ -102,6 +102,16 @@ impl Home {
             })
             .unwrap_or_default();
         assert!(left.is_empty(), "{what}: directories are left: {left:?}");
+        let snapshots = self.engine().snapshots().expect("a list");
+        assert!(snapshots.is_empty(), "{what}: left: {snapshots:?}");
+        let left: Vec<_> = std::fs::read_dir(self.layout().snapshots())
+            .map(|entries| {
+                entries
+                    .map(|entry| entry.expect("an entry").path())
+                    .collect()
+            })
+            .unwrap_or_default();
+        assert!(left.is_empty(), "{what}: directories are left: {left:?}");
     }
 }
 
@@ -133,6 +143,50 @@ async fn life(engine: &Engine) -> Result<()> {
     engine.delete("a").await
 }
 
+/// A sandbox is paused, saved, restored and forked.
+async fn copies(engine: &Engine) -> Result<()> {
+    engine.create(&spec("a"))?;
+    engine.start("a").await?;
+    engine.pause("a").await?;
+    assert_eq!(engine.info("a")?.state, State::Paused);
+    engine.resume("a").await?;
+    engine.snapshot("a", Some("s")).await?;
+    let fork = engine.fork("a", 1, None).await?;
+    for child in fork.children {
+        child.result?;
+    }
+    engine.delete("a").await?;
+    let (session, _) = engine.restore("s", &"b".parse()?).await?;
+    assert_eq!(output(&session, &["hello"]).await?, "hello");
+    for name in ["a-1", "b"] {
+        engine.delete(name).await?;
+    }
+    engine.remove_snapshot("s")
+}
+
+/// A pool is filled, used and removed.
+async fn pooled(engine: &Engine) -> Result<()> {
+    let pool = |size| PoolSpec {
+        image: "debian-12".to_owned(),
+        cpus: spec("a").cpus,
+        memory_mib: spec("a").memory_mib,
+        disk_mib: spec("a").disk_mib,
+        disk_mode: spec("a").disk_mode,
+        size,
+        commands: vec!["warm".to_owned()],
+    };
+    engine.set_pool(&pool(1), &mut |_| {}).await?;
+    match engine.claim(&spec("a")).await? {
+        Some((session, _)) => assert_eq!(output(&session, &["hello"]).await?, "hello"),
+        // Its keeper may not have been told in time.
+        None => {
+            engine.create(&spec("a"))?;
+        }
+    }
+    engine.delete("a").await?;
+    engine.set_pool(&pool(0), &mut |_| {}).await
+}
+
 /// Fails the nth effect, and if `forever` all after it.
 #[derive(Debug)]
 struct Nth {
@@ -143,9 +197,11 @@ struct Nth {
 }
 
 impl Faults for Nth {
-    fn before(&self, _op: &'static str, _path: &Path) -> io::Result<()> {
+    fn before(&self, op: &'static str, path: &Path) -> io::Result<()> {
         let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
         if now == self.nth || self.forever && now > self.nth {
+            // Shown if the test fails.
+            println!("effect {now} fails: {op} {}", path.display());
             Err((self.error)())
         } else {
             Ok(())
@@ -160,12 +216,23 @@ async fn a_life_leaves_nothing() {
     home.assert_clean("after a life");
 }
 
-#[tokio::test]
-async fn whatever_effect_fails_the_next_command_repairs() {
-    let full: fn() -> io::Error = || io::ErrorKind::StorageFull.into();
-    let broken: fn() -> io::Error = || io::ErrorKind::Other.into();
+fn full() -> io::Error {
+    io::ErrorKind::StorageFull.into()
+}
+
+fn broken() -> io::Error {
+    io::ErrorKind::Other.into()
+}
+
+/// Has each effect of a life fail in its turn, and requires that nothing leaks and that the second try
+/// succeeds.
+async fn each_effect_fails(
+    life: impl AsyncFn(&Engine) -> Result<()>,
+    modes: &[(bool, fn() -> io::Error)],
+    least: u32,
+) {
     let mut failures = 0;
-    for (forever, error) in [(false, full), (false, broken), (true, full)] {
+    for &(forever, error) in modes {
         for nth in 1.. {
             let home = Home::new();
             let faults = Arc::new(Nth {
@@ -193,6 +260,18 @@ async fn whatever_effect_fails_the_next_command_repairs() {
             }
             // A healthy command sees the truth and can remove what there is.
             let engine = home.engine();
+            for pool in engine.pools().expect("a list") {
+                let gone = PoolSpec {
+                    size: 0,
+                    ..pool.spec
+                };
+                let removed = engine.set_pool(&gone, &mut |_| {}).await;
+                removed.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            }
+            for snapshot in engine.snapshots().expect("a list") {
+                let removed = engine.remove_snapshot(&snapshot.name);
+                removed.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            }
             for sandbox in engine
                 .list()
                 .unwrap_or_else(|error| panic!("{what}: {error:?}"))
@@ -206,7 +285,157 @@ async fn whatever_effect_fails_the_next_command_repairs() {
             home.assert_clean(&what);
         }
     }
-    assert!(failures > 20, "only {failures} effects were failed");
+    assert!(failures > least, "only {failures} effects were failed");
+}
+
+#[tokio::test]
+async fn whatever_effect_fails_the_next_command_repairs() {
+    each_effect_fails(life, &[(false, full), (false, broken), (true, full)], 20).await;
+}
+
+#[tokio::test]
+async fn whatever_effect_of_a_copy_fails_the_next_command_repairs() {
+    each_effect_fails(copies, &[(false, full), (true, full)], 40).await;
+}
+
+#[tokio::test]
+async fn whatever_effect_of_a_pool_fails_the_next_command_repairs() {
+    each_effect_fails(pooled, &[(false, full), (true, full)], 20).await;
+}
+
+#[tokio::test]
+async fn copies_leave_nothing() {
+    let home = Home::new();
+    copies(&home.engine()).await.expect("copies");
+    home.assert_clean("after copies");
+}
+
+#[tokio::test]
+async fn a_pool_leaves_nothing() {
+    let home = Home::new();
+    pooled(&home.engine()).await.expect("a pool");
+    home.assert_clean("after a pool");
+    assert_eq!(home.engine().pools().expect("a list"), []);
+}
+
+#[tokio::test]
+async fn a_paused_sandbox_says_so_and_can_be_ended() {
+    let home = Home::new();
+    let engine = home.engine();
+    for end in ["stop", "delete", "keeper"] {
+        engine.create(&spec("a")).expect("created");
+        engine.start("a").await.expect("started");
+        engine.pause("a").await.expect("paused");
+        engine.pause("a").await.expect("paused again");
+        let error = engine.connect("a").await.expect_err("it stands still");
+        assert_eq!(error.kind(), ErrorKind::NotRunning);
+        assert_eq!(error.hint_text(), Some("resume it with `smolvm resume a`"));
+        let error = engine.start("a").await.expect_err("it stands still");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        match end {
+            "stop" => {
+                let forced = engine.stop("a", Duration::from_secs(5)).await;
+                assert!(!forced.expect("stopped"), "its guest was asked");
+                assert_eq!(engine.info("a").expect("a row").state, State::Stopped);
+            }
+            "keeper" => {
+                let killed = keeper(&engine, "a").kill_and_wait(Duration::from_secs(10));
+                killed.expect("killed");
+                assert_eq!(engine.info("a").expect("a row").state, State::Error);
+            }
+            _ => {}
+        }
+        engine.delete("a").await.expect("deleted");
+        home.assert_clean(end);
+    }
+}
+
+/// Of many who want the same few members each gets one of its own, or none.
+#[tokio::test]
+async fn a_member_is_claimed_by_one() {
+    let home = Home::new();
+    let engine = home.engine();
+    let pool = PoolSpec {
+        image: "debian-12".to_owned(),
+        cpus: spec("a").cpus,
+        memory_mib: spec("a").memory_mib,
+        disk_mib: spec("a").disk_mib,
+        disk_mode: spec("a").disk_mode,
+        size: 3,
+        commands: Vec::new(),
+    };
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    assert!(
+        engine.list().expect("a list").is_empty(),
+        "members are not shown"
+    );
+    let names: Vec<_> = (0..8).map(|number| format!("claim-{number}")).collect();
+    let mut claims = tokio::task::JoinSet::new();
+    for name in names.clone() {
+        let engine = engine.clone();
+        claims.spawn(async move {
+            let claimed = engine.claim(&spec(&name)).await.expect("an answer");
+            claimed.map(|(session, _)| (name, session))
+        });
+    }
+    let claimed: Vec<_> = claims.join_all().await.into_iter().flatten().collect();
+    // The pool is filled up meanwhile, so later ones may find new members.
+    assert!(claimed.len() >= 3, "{} were claimed", claimed.len());
+    let ids: std::collections::BTreeSet<_> = claimed
+        .iter()
+        .map(|(name, _)| engine.info(name).expect("a row").id)
+        .collect();
+    assert_eq!(ids.len(), claimed.len(), "two have the same machine");
+    let counted = &engine.pools().expect("a list")[0];
+    let hits = u64::try_from(claimed.len()).expect("few");
+    assert_eq!((counted.hits, counted.hits + counted.misses), (hits, 8));
+    for (name, session) in claimed {
+        assert_eq!(output(&session, &["hello"]).await.expect("output"), "hello");
+        engine.delete(&name).await.expect("deleted");
+    }
+    // A name that is taken is not given twice, and the member stays.
+    engine
+        .set_pool(&pool, &mut |_| {})
+        .await
+        .expect("full again");
+    engine.create(&spec("taken")).expect("created");
+    let error = engine.claim(&spec("taken")).await.expect_err("taken");
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+    assert_eq!(engine.pools().expect("a list")[0].ready, 3);
+    engine.delete("taken").await.expect("deleted");
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    home.assert_clean("after claims");
+}
+
+/// A claim that makes an ephemeral sandbox is bound to the process that makes it, and members whose
+/// keeper died are not offered.
+#[tokio::test]
+async fn a_member_whose_keeper_died_is_passed_over() {
+    let home = Home::new();
+    let engine = home.engine();
+    let pool = PoolSpec {
+        image: "debian-12".to_owned(),
+        cpus: spec("a").cpus,
+        memory_mib: spec("a").memory_mib,
+        disk_mib: spec("a").disk_mib,
+        disk_mode: spec("a").disk_mode,
+        size: 2,
+        commands: Vec::new(),
+    };
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    let store = Store::open(&home.layout().database()).expect("a store");
+    let holder = store.sandboxes().expect("rows")[0].holder.clone();
+    let killed = holder
+        .expect("a keeper")
+        .kill_and_wait(Duration::from_secs(10));
+    killed.expect("killed");
+    let claimed = engine.claim(&spec("a")).await.expect("an answer");
+    assert!(claimed.is_some(), "the other one was there");
+    engine.delete("a").await.expect("deleted");
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    home.assert_clean("after a dead member");
 }
 
 #[tokio::test]

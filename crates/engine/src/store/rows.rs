@@ -277,11 +277,12 @@ impl Store {
     }
 
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
-    /// moves it to `deleting`. Idempotent.
+    /// moves it to `deleting`. It is nobody's then: if this process fails, any other may go on, unless
+    /// a keeper has its lock. Idempotent.
     pub fn begin_delete(&mut self, id: &str, now: Timestamp) -> Result<()> {
         self.transition(id, &State::ALL, State::Deleting, None, now)?;
         self.connection
-            .prepare_cached("UPDATE sandboxes SET name = ?2 WHERE id = ?1")
+            .prepare_cached("UPDATE sandboxes SET name = ?2, holder_pid = NULL, holder_start = NULL WHERE id = ?1")
             .and_then(|mut statement| statement.execute([id, SandboxName::hidden(id).as_str()]))
             .map(|_| ())
             .map_err(|error| sql(format!("could not free the name of sandbox {id}"), error))
