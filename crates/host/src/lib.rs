@@ -1,8 +1,8 @@
 //! The Linux host, one effect per function.
 //!
 //! Files and locks ([`os`]), processes ([`process`]), disk images ([`disk`]), root file systems
-//! ([`image`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]) and the
-//! programs all this needs ([`packages`]).
+//! ([`image`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]), the
+//! network ([`net`]) and the programs all this needs ([`packages`]).
 //!
 //! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
 //! the environment or asks the clock for the date: whatever a function needs is an argument. Every
@@ -20,6 +20,7 @@ pub mod error;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;
+pub mod net;
 pub mod os;
 pub mod packages;
 pub mod process;

@@ -1,0 +1,6 @@
+//! The network of sandboxes, with real packets between namespaces of the tests' own. Needs root.
+
+mod beside;
+mod lab;
+mod life;
+mod packets;
