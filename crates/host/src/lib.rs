@@ -6,8 +6,8 @@
 //!
 //! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
 //! the environment or asks the clock for the date: whatever a function needs is an argument. Every
-//! function blocks, so asynchronous callers use a blocking thread. Long ones take a
-//! [`cancel::Cancel`] and a progress callback.
+//! function blocks, so asynchronous callers use a blocking thread; only the resolver in [`net::dns`]
+//! is asynchronous itself. Long ones take a [`cancel::Cancel`] and a progress callback.
 //!
 //! Writing goes through [`os::Os`], whose every effect carries a name, so that a test can fail
 //! exactly that step.

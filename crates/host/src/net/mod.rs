@@ -7,13 +7,15 @@
 //!
 //! A guest is known by its device and its address; nothing here knows why it has them. The order
 //! that leaves nothing open: [`nft::Firewall::add`] before or after [`tap::Tap::create`], since a
-//! device without an entry in the table is closed; [`nft::Firewall::remove`] before the device goes.
+//! device without an entry in the table is closed; [`nft::Firewall::remove`] before the device goes,
+//! then [`tap::Tap::release_address`], and the device may take its time to go.
 //!
 //! Everything is done by ioctl(2) and netlink(7) from inside the process, and starts no other. It
 //! needs `CAP_NET_ADMIN` in the network namespace of the calling thread. IPv6 is closed: guests get
 //! no address of it and the table drops it.
 
 pub mod alloc;
+pub mod dns;
 pub mod docker;
 pub mod forwarding;
 mod netlink;

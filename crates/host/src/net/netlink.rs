@@ -155,6 +155,8 @@ impl Netlink {
     }
 
     fn send(&self, messages: &[u8]) -> io::Result<()> {
+        // What is left of answers to a request that failed.
+        while self.receive(libc::MSG_DONTWAIT)?.is_some() {}
         loop {
             match self.socket.send(messages, 0) {
                 Ok(sent) if sent == messages.len() => return Ok(()),

@@ -236,6 +236,30 @@ impl Tap {
         self.name
     }
 
+    /// Gives the guest's address free, so that another device can have it at once: the device itself
+    /// takes the kernel some 20 ms to remove, for which whoever closes its last descriptor waits.
+    /// Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// Those of rtnetlink(7).
+    pub fn release_address(&self, os: &Os, guest: Ipv4Addr) -> Result<(), HostError> {
+        let what = format!("{guest} at {}", self.name);
+        os.effect("remove the route to the guest", Path::new(&what), || {
+            let mut message = RouteMessage::default();
+            message.header = host_route();
+            message.attributes = vec![
+                RouteAttribute::Destination(RouteAddress::Inet(guest)),
+                RouteAttribute::Oif(index_of(self.name)?),
+            ];
+            let mut route = Netlink::open(NETLINK_ROUTE)?;
+            match ask(&mut route, [(RouteNetlinkMessage::DelRoute(message), 0)]) {
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+                other => other,
+            }
+        })
+    }
+
     /// Lets a kept device go with its last descriptor after all.
     ///
     /// # Errors
@@ -434,15 +458,7 @@ fn add_address(route: &mut Netlink, index: u32, gateway: Ipv4Addr) -> io::Result
 
 fn add_route(route: &mut Netlink, index: u32, spec: &TapSpec) -> io::Result<()> {
     let mut message = RouteMessage::default();
-    message.header = RouteHeader {
-        address_family: AddressFamily::Inet,
-        destination_prefix_length: 32,
-        table: RouteHeader::RT_TABLE_MAIN,
-        protocol: RouteProtocol::Static,
-        scope: RouteScope::Link,
-        kind: RouteType::Unicast,
-        ..RouteHeader::default()
-    };
+    message.header = host_route();
     message.attributes = vec![
         RouteAttribute::Destination(RouteAddress::Inet(spec.guest)),
         RouteAttribute::Oif(index),
@@ -450,6 +466,18 @@ fn add_route(route: &mut Netlink, index: u32, spec: &TapSpec) -> io::Result<()> 
     ];
     let flags = NLM_F_CREATE | NLM_F_EXCL;
     ask(route, [(RouteNetlinkMessage::NewRoute(message), flags)])
+}
+
+fn host_route() -> RouteHeader {
+    RouteHeader {
+        address_family: AddressFamily::Inet,
+        destination_prefix_length: 32,
+        table: RouteHeader::RT_TABLE_MAIN,
+        protocol: RouteProtocol::Static,
+        scope: RouteScope::Link,
+        kind: RouteType::Unicast,
+        ..RouteHeader::default()
+    }
 }
 
 fn add_neighbour(route: &mut Netlink, index: u32, spec: &TapSpec) -> io::Result<()> {

@@ -186,7 +186,14 @@ fn an_address_or_a_name_is_taken_once() {
             assert_eq!(error.kind(), HostErrorKind::AlreadyExists, "{error:?}");
         }
         assert_eq!(tap::list(&Os::new(), &owner()).expect("taps"), [first.tap]);
+        // The address is free before the device is gone.
+        for _ in 0..2 {
+            tap.release_address(&Os::new(), first.address)
+                .expect("released");
+        }
+        let next = Tap::create(&Os::new(), &tap_spec(&pool, &same_address)).expect("a device");
         tear_down(&Os::new(), &first, Some(tap)).expect("torn down");
+        drop(next);
     });
 }
 

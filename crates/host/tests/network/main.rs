@@ -3,4 +3,5 @@
 mod beside;
 mod lab;
 mod life;
+mod names;
 mod packets;

@@ -26,6 +26,7 @@ use std::net::Ipv4Addr;
 use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ipnet::Ipv4Net;
@@ -147,19 +148,27 @@ pub fn is_never(address: Ipv4Addr) -> bool {
             .any(|(first, after)| octets >= *first && after.is_none_or(|after| octets < after))
 }
 
-/// The table, as seen by one owner. Cheap to clone. Every method acts in the network namespace of the
-/// thread that calls it, and needs `CAP_NET_ADMIN` there.
+/// The table, as seen by one owner. Cheap to clone; clones take turns. Acts in the network namespace
+/// of the thread that uses it first, and needs `CAP_NET_ADMIN` there.
+///
+/// Keep it: it holds a socket, and when one of nf_tables closes, the kernel makes the closer wait
+/// until what was deleted is freed, some 10 ms (`nft_rcv_nl_event`).
 #[derive(Debug, Clone)]
 pub struct Firewall {
     os: Os,
     owner: Owner,
+    nft: Arc<Mutex<Option<Nft>>>,
 }
 
 impl Firewall {
     /// The table for the sandboxes of `owner`.
     #[must_use]
     pub fn new(os: Os, owner: Owner) -> Self {
-        Self { os, owner }
+        Self {
+            os,
+            owner,
+            nft: Arc::default(),
+        }
     }
 
     /// Adds a guest in one transaction. Makes the table first if it is not there.
@@ -268,40 +277,43 @@ impl Firewall {
     pub fn ensure(&self, guests: &[Guest]) -> Result<Mended, HostError> {
         let path = Path::new(TABLE);
         self.os.effect("put right the firewall table", path, || {
-            let mut nft = Nft::open()?;
-            let shape = Shape::new();
-            let table = !nft.is_intact(&shape)?;
-            if table {
-                nft.build(&shape)?;
-            }
-            let mended = nft.settled(|nft, generation| {
-                let present = nft.present()?;
-                let others = elements::roster(&present, |owner| owner != Some(&self.owner));
-                let taken: BTreeSet<_> = others.iter().map(|one| one.address).collect();
-                let mut now = elements::by_address(present);
-                // What belongs to no guest is left over from a table that somebody meddled with.
-                now.retain(|address, _| address.is_none_or(|address| !taken.contains(&address)));
-                let mut wanted = Vec::new();
-                let mut addresses = BTreeSet::new();
-                for guest in guests {
-                    let address = guest.address;
-                    if taken.contains(&address) || !addresses.insert(address) {
-                        let what = format!("{address} is the address of another guest");
-                        return Err(io::Error::new(io::ErrorKind::AlreadyExists, what).into());
-                    }
-                    let now = now.entry(Some(address)).or_default();
-                    wanted.extend(elements::following(guest, &self.owner, now)?);
+            self.with(|nft| {
+                let shape = Shape::new();
+                let table = !nft.is_intact(&shape)?;
+                if table {
+                    nft.build(&shape)?;
                 }
-                let (add, remove) = elements::difference(now.into_values().flatten(), wanted);
-                nft.change(Some(generation), &add, &remove)?;
-                Ok(Mended {
-                    table,
-                    added: add.len(),
-                    removed: remove.len(),
-                })
-            })?;
-            nft.forget_strangers()?;
-            Ok(mended)
+                let mended = nft.settled(|nft, generation| {
+                    let present = nft.present()?;
+                    let others = elements::roster(&present, |owner| owner != Some(&self.owner));
+                    let taken: BTreeSet<_> = others.iter().map(|one| one.address).collect();
+                    let mut now = elements::by_address(present);
+                    // What belongs to no guest is left over from a table that somebody meddled with.
+                    now.retain(|address, _| {
+                        address.is_none_or(|address| !taken.contains(&address))
+                    });
+                    let mut wanted = Vec::new();
+                    let mut addresses = BTreeSet::new();
+                    for guest in guests {
+                        let address = guest.address;
+                        if taken.contains(&address) || !addresses.insert(address) {
+                            let what = format!("{address} is the address of another guest");
+                            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what).into());
+                        }
+                        let now = now.entry(Some(address)).or_default();
+                        wanted.extend(elements::following(guest, &self.owner, now)?);
+                    }
+                    let (add, remove) = elements::difference(now.into_values().flatten(), wanted);
+                    nft.change(Some(generation), &add, &remove)?;
+                    Ok(Mended {
+                        table,
+                        added: add.len(),
+                        removed: remove.len(),
+                    })
+                })?;
+                nft.forget_strangers()?;
+                Ok(mended)
+            })
         })
     }
 
@@ -313,7 +325,7 @@ impl Firewall {
     pub fn guests(&self) -> Result<Vec<TapName>, HostError> {
         let path = Path::new(TABLE);
         self.os.effect("list the guests in", path, || {
-            let present = Nft::open()?.elements(layout::GUESTS)?;
+            let present = self.with(|nft| nft.elements(layout::GUESTS))?;
             Ok(
                 elements::roster(&present, |owner| owner == Some(&self.owner))
                     .into_iter()
@@ -336,7 +348,7 @@ impl Firewall {
     ) -> Result<(), HostError> {
         let path = format!("the sandbox at {guest}");
         self.os.effect("allow addresses to", Path::new(&path), || {
-            Ok(Nft::open()?.allow(guest, addresses)?)
+            self.with(|nft| Ok(nft.allow(guest, addresses)?))
         })
     }
 
@@ -349,8 +361,8 @@ impl Firewall {
     pub fn denied(&self, tap: TapName) -> Result<Vec<Denied>, HostError> {
         let path = Path::new(tap.as_str());
         self.os.effect("list what was denied to", path, || {
-            let mut denied: Vec<_> = Nft::open()?
-                .noted()?
+            let mut denied: Vec<_> = self
+                .with(Nft::noted)?
                 .into_iter()
                 .filter(|(of, _)| *of == Some(tap))
                 .map(|(_, denied)| denied)
@@ -368,7 +380,6 @@ impl Firewall {
     pub fn remove_table(&self) -> Result<(), HostError> {
         let path = Path::new(TABLE);
         self.os.effect("remove the firewall table", path, || {
-            let mut nft = Nft::open()?;
             let mut batch = Batch::new(None);
             batch.push(
                 "remove the table",
@@ -376,10 +387,10 @@ impl Firewall {
                 FAMILY_INET,
                 |a| a.text(1, TABLE),
             );
-            match nft.commit(batch) {
+            self.with(|nft| match nft.commit(batch) {
                 Err(Refused { error, .. }) if is_missing(&error) => Ok(()),
                 other => Ok(other?),
-            }
+            })
         })
     }
 
@@ -390,7 +401,19 @@ impl Firewall {
         act: impl FnOnce(&mut Nft) -> io::Result<T>,
     ) -> Result<T, HostError> {
         let path = Path::new(guest.tap.as_str());
-        self.os.effect(op, path, || act(&mut Nft::open()?))
+        self.os.effect(op, path, || self.with(act))
+    }
+
+    /// Does something with the socket, which is opened if it is not.
+    fn with<T>(&self, act: impl FnOnce(&mut Nft) -> io::Result<T>) -> io::Result<T> {
+        // One who panicked left nothing half done in it: each request begins by forgetting answers
+        // to the one before.
+        let mut nft = self.nft.lock().unwrap_or_else(PoisonError::into_inner);
+        let nft = match &mut *nft {
+            Some(nft) => nft,
+            none => none.insert(Nft::open()?),
+        };
+        act(nft)
     }
 }
 
