@@ -41,6 +41,7 @@ fn guest(pool: &AddressPool, n: u32, reach: Reach) -> Guest {
             .candidates(u64::from(n))
             .next()
             .expect("a pool has guests"),
+        run: u64::from(n),
         policy: Policy::new(reach),
     }
 }

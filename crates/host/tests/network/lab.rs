@@ -277,6 +277,7 @@ pub(crate) fn guest(pool: &AddressPool, n: u32, policy: Policy) -> Guest {
     Guest {
         tap: name(n),
         address,
+        run: u64::from(n) + 1,
         policy,
     }
 }

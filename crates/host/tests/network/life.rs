@@ -226,7 +226,7 @@ fn a_device_is_kept_if_that_is_asked() {
 }
 
 #[test]
-fn a_flushed_table_is_made_anew_and_connections_of_right_guests_go_on() {
+fn a_flushed_table_is_made_anew() {
     if !may_run() {
         return;
     }

@@ -318,6 +318,69 @@ fn a_connection_outlives_the_address_of_its_name_and_not_its_policy() {
 }
 
 #[test]
+fn connections_outlive_the_loss_of_the_table() {
+    if !may_run() {
+        return;
+    }
+    let lab = Lab::forwarding();
+    let guest = lab.guest(1, Policy::new(listed(&["198.51.100.0/24"], false)));
+    let socket = guest.udp();
+    for flush in [false, true, true] {
+        if flush {
+            lab.host.sh("nft flush ruleset");
+            let guests = [guest.guest.clone()];
+            lab.with_firewall(move |firewall| {
+                assert!(firewall.ensure(&guests).expect("made anew").table);
+            });
+        }
+        let say = word();
+        socket.send_to(&say, (SERVER, ECHO_PORT)).expect("sent");
+        assert_eq!(answer(&socket).expect("an answer"), say);
+    }
+    // It was one connection for the server, too.
+    let ports: Vec<_> = (0..3).map(|_| lab.next_heard().0).collect();
+    assert!(ports.iter().all(|from| *from == ports[0]), "{ports:?}");
+    assert_eq!(guest.connect(METADATA, HELLO_PORT), Outcome::Denied);
+}
+
+#[test]
+fn a_later_guest_does_not_go_on_with_connections_of_an_earlier_one() {
+    if !may_run() {
+        return;
+    }
+    let lab = Lab::forwarding();
+    let guest = lab.guest(1, Policy::new(Reach::Open));
+    let socket = guest.udp();
+    let exchange = |say: &[u8]| {
+        socket.send_to(say, (SERVER, ECHO_PORT)).expect("sent");
+    };
+    let (earlier, later, last) = (word(), word(), word());
+    exchange(&earlier);
+    assert_eq!(answer(&socket).expect("an answer"), earlier);
+    let restart = |run: u64, policy: Policy| {
+        let before = guest.guest.clone();
+        let after = Guest {
+            run,
+            policy,
+            ..before.clone()
+        };
+        lab.with_firewall(move |firewall| {
+            firewall.remove(&before).expect("removed");
+            firewall.add(&after).expect("added");
+        });
+    };
+    restart(77, Policy::off());
+    exchange(&later);
+    passed(&guest);
+    // The connection is still known: the run that began it may go on.
+    restart(guest.guest.run, Policy::off());
+    exchange(&last);
+    assert_eq!(answer(&socket).expect("an answer"), last);
+    let heard = [lab.next_heard().1, lab.next_heard().1];
+    assert_eq!(heard, [earlier, last]);
+}
+
+#[test]
 fn lookups_go_to_the_guests_own_resolver() {
     if !may_run() {
         return;

@@ -1,4 +1,4 @@
-//! Guests as elements of the table's sets, and back. Pure, but for the random bits of an epoch.
+//! Guests as elements of the table's sets, and back. Pure, but for the random bits of a late epoch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -23,26 +23,23 @@ const NAME_BYTES: usize = libc::IFNAMSIZ;
 /// What the connections of one guest under one policy are labelled with.
 ///
 /// The kernel can add bits to a label, and take none away (`nft_ct_set_eval`). So that a connection
-/// can get the label of a later policy, the first [`ID_BYTES`] are random and the guest's for good,
-/// and the rest has one bit more with every policy: adding the later bits to an earlier label gives
-/// the later label, and never the other way round. After some 80 policies the guest gets other
-/// random bits, and connections begun before have to be begun anew.
+/// can get the label of a later policy, the first [`ID_BYTES`] are those of [`Guest::run`] for as
+/// long as the guest runs, and the rest has one bit more with every policy: adding the later bits to an
+/// earlier label gives the later label, and never the other way round. After some 80 policies the
+/// first bytes are drawn at random, and connections begun before have to be begun anew; as they have
+/// if the table is lost after the guest's policy was changed, because the count is then lost too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Epoch([u8; 16]);
 
 const ID_BYTES: usize = 6;
 
 impl Epoch {
-    /// The first of a guest.
-    pub(super) fn first() -> io::Result<Self> {
+    /// The first of a guest's run.
+    pub(super) fn first(run: u64) -> Self {
         let mut bytes = [0; 16];
-        // So few bytes come whole, getrandom(2).
-        rustix::rand::getrandom(
-            &mut bytes[..ID_BYTES],
-            rustix::rand::GetRandomFlags::empty(),
-        )?;
+        bytes[..ID_BYTES].copy_from_slice(&run.to_be_bytes()[8 - ID_BYTES..]);
         bytes[ID_BYTES] = 1;
-        Ok(Self(bytes))
+        Self(bytes)
     }
 
     /// The one after this.
@@ -50,7 +47,13 @@ impl Epoch {
         let mut bytes = self.0;
         match bytes[ID_BYTES..].iter_mut().find(|byte| **byte != 0xff) {
             Some(byte) => *byte = *byte << 1 | 1,
-            None => return Self::first(),
+            None => {
+                bytes = [0; 16];
+                // So few bytes come whole, getrandom(2).
+                let flags = rustix::rand::GetRandomFlags::empty();
+                rustix::rand::getrandom(&mut bytes[..ID_BYTES], flags)?;
+                bytes[ID_BYTES] = 1;
+            }
         }
         Ok(Self(bytes))
     }
@@ -125,7 +128,7 @@ pub(super) fn following(
     now: &BTreeSet<Element>,
 ) -> io::Result<Vec<Element>> {
     let Some(epoch) = now.iter().find_map(epoch) else {
-        return Ok(of(guest, owner, &Epoch::first()?));
+        return Ok(of(guest, owner, &Epoch::first(guest.run)));
     };
     let wanted = of(guest, owner, &epoch);
     if wanted.len() == now.len() && wanted.iter().all(|e| now.contains(e)) {
@@ -316,6 +319,7 @@ mod tests {
         Guest {
             tap: TapName::for_sandbox("0123456789abcdef").unwrap(),
             address: Ipv4Addr::new(172, 16, 0, 2),
+            run: 0x1234_5678_9abc,
             policy,
         }
     }
@@ -423,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_later_epoch_is_what_adding_its_bits_to_an_earlier_one_gives() {
-        let mut all = vec![Epoch::first().unwrap()];
+        let mut all = vec![Epoch::first(guest(Policy::off()).run)];
         for _ in 0..79 {
             all.push(all.last().unwrap().next().unwrap());
         }

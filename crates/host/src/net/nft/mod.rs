@@ -107,6 +107,10 @@ pub struct Guest {
     pub tap: TapName,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Which run of the guest this is: 48 random bits, chosen when it is started and kept while it
+    /// runs. Its connections are known by it: another run, or another guest that gets the address,
+    /// cannot go on with them, and if the table is lost, this one can.
+    pub run: u64,
     /// What it may do.
     pub policy: Policy,
 }
@@ -180,7 +184,7 @@ impl Firewall {
     /// an error nothing has changed but perhaps the table being there, empty.
     pub fn add(&self, guest: &Guest) -> Result<(), HostError> {
         self.effect("add to the firewall", guest, |nft| {
-            let elements = elements::of(guest, &self.owner, &Epoch::first()?);
+            let elements = elements::of(guest, &self.owner, &Epoch::first(guest.run));
             match nft.change(None, &elements, &[]) {
                 Err(Refused { error, .. }) if is_missing(&error) => {
                     nft.build(&Shape::new())?;
@@ -213,7 +217,7 @@ impl Firewall {
                 let now = elements::by_address(present).remove(&Some(guest.address));
                 let now = now.unwrap_or_default();
                 let epoch = now.iter().find_map(elements::epoch);
-                let epoch = epoch.map_or_else(Epoch::first, Epoch::next)?;
+                let epoch = epoch.map_or_else(|| Ok(Epoch::first(guest.run)), Epoch::next)?;
                 let wanted = elements::of(guest, &self.owner, &epoch);
                 let (add, remove) = elements::difference(now, wanted);
                 let old: Vec<_> = nft
@@ -268,7 +272,8 @@ impl Firewall {
 
     /// Makes the table hold exactly these guests of this owner, whatever was there: the table, its
     /// chains and rules if any is missing or different, missing elements, superfluous ones. Guests of
-    /// other owners stay. Connections of guests that were right go on.
+    /// other owners stay. Connections of guests that were right go on, and after
+    /// a loss of the whole table those of guests whose policy was never changed.
     ///
     /// # Errors
     ///
