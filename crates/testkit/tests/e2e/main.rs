@@ -1,12 +1,14 @@
 //! End-to-end tests: the real programs, real machines, one module for each feature.
 
 mod concurrency;
+mod copies;
 mod counts;
 mod deaths;
 mod disks;
 mod files;
 mod guest;
 mod life;
+mod pools;
 mod run;
 mod signals;
 mod stream;
