@@ -3,11 +3,15 @@
 //! The numbers in the README come from here. The JSON names are those of the benchmark the product
 //! has always shipped, so that files of all releases can be put side by side.
 
+mod plot;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
-use smolvm_engine::{DEFAULT_IMAGE, Engine, ExecEvent, ExecSpec, SandboxSpec, Session};
+use smolvm_engine::{
+    Config, DEFAULT_IMAGE, Engine, ExecEvent, ExecSpec, PoolSpec, SandboxSpec, Session,
+};
 
 use super::{Context, Outcome, block_on};
 use crate::prepare;
@@ -18,125 +22,366 @@ use crate::units;
 /// Commands timed one after another in each sandbox; their median is one value.
 const COMMANDS: usize = 20;
 
+/// Members of the pool that is measured.
+const POOL_SIZE: u32 = 2;
+
+/// Lives at one time when it is counted how many end in a second.
+const AT_ONCE: usize = 4;
+
 /// Arguments of `bench lifecycle`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  smolvm bench lifecycle -n 10 -o result.json
+  smolvm bench lifecycle -n 10 -o result.json --plot result.svg
 
-For each sandbox in turn, in milliseconds: create; start (until its keeper and VMM are launched);
-ready (create until it takes commands); first (the first `true`); next (the median of 20 more);
-python (the first `python3 -c 'print(6*7)'`); stop; delete; total (create until deleted).")]
+Three ways to a sandbox take turns, so that their ratios hold on a busy host: cold (it boots), template
+(it starts from a machine booted ahead), pool (it was made ahead). For each, in milliseconds: create;
+start (until its keeper and VMM are launched); ready (create until it takes commands); first (the first
+`true`); answer (create until that is answered); next (the median of 20 more); python (the first
+`python3 -c 'print(6*7)'`); stop; delete (of a stopped one); kill (delete of a running one); run (create,
+`true`, kill); total (create until deleted). memory is what its machine shares with no other after the
+first command, in MiB.")]
 pub(crate) struct Args {
-    /// Sandboxes
+    /// Lives of each kind
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 5)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
     iterations: u32,
     /// Image
     #[arg(long, default_value = DEFAULT_IMAGE)]
     image: String,
+    /// Ways to a sandbox, comma-separated
+    #[arg(long, value_name = "WAY", value_enum, value_delimiter = ',')]
+    #[arg(default_values_t = Way::ALL)]
+    ways: Vec<Way>,
     /// Also write the JSON of --json to this file
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Also draw the medians into this SVG file
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+/// How a sandbox comes about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Way {
+    Cold,
+    Template,
+    Pool,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Cold, Self::Template, Self::Pool];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Template => "template",
+            Self::Pool => "pool",
+        }
+    }
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// What is measured: the column, and the name in JSON.
-const METRICS: [(&str, &str); 9] = [
+const METRICS: [(&str, &str); 13] = [
     ("create", "host_create_ms"),
     ("start", "vmm_start_ms"),
     ("ready", "total_fresh_ready_ms"),
     ("first", "first_command_ms"),
+    ("answer", "first_answer_ms"),
     ("next", "next_command_ms"),
     ("python", "python_ms"),
     ("stop", "stop_ms"),
     ("delete", "delete_ms"),
+    ("kill", "kill_ms"),
+    ("run", "run_ms"),
     ("total", "total_ms"),
+    ("memory", "private_memory_mib"),
 ];
 
-/// One sandbox's values, in the order of [`METRICS`].
-type Life = [Duration; METRICS.len()];
+/// One turn's values, in the order of [`METRICS`].
+type Life = [f64; METRICS.len()];
 
 /// Measures.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
     let (began, clock) = (jiff::Timestamp::now(), Instant::now());
-    let lives = block_on(async {
+    let (lives, per_second) = block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(cx, &engine, &mut signals, &args.image, None).await?;
-        let mut lives = Vec::new();
-        for turn in 1..=args.iterations {
-            let mut spec = SandboxSpec::new(engine.unused_name()?);
-            spec.image.clone_from(&args.image);
-            let name = spec.name.to_string();
-            match signals.or_interrupted(live(&engine, &spec)).await {
-                Ok(life) => lives.push(life),
-                Err(error) => {
-                    // The failure is what matters; a failed clean-up shows in `ls`.
-                    let _ = signals.or_interrupted(engine.delete(&name)).await;
-                    return Err(error);
-                }
-            }
-            cx.out.status(&format!(
-                "{turn} of {}: {:.0} ms",
-                args.iterations,
-                units::millis(lives[lives.len() - 1][METRICS.len() - 1])
-            ));
-        }
-        Ok(lives)
+        measure(args, cx, &engine, &mut signals).await
     })?;
     let stamp = environment(&engine);
-    let series: Vec<Series> = (0..METRICS.len())
-        .map(|metric| {
-            Series::new(
-                lives
-                    .iter()
-                    .map(|life| units::millis(life[metric]))
-                    .collect(),
+    let ways: Vec<(Way, Vec<Series>)> = args
+        .ways
+        .iter()
+        .zip(lives)
+        .map(|(&way, lives)| {
+            let of = |metric: usize| lives.iter().map(|life| life[metric]).collect();
+            (
+                way,
+                (0..METRICS.len()).map(|at| Series::new(of(at))).collect(),
             )
         })
         .collect();
-    show(cx, &series, &stamp)?;
-    let data = data(args, &series, stamp, began, clock.elapsed());
+    show(cx, &ways, per_second, &stamp)?;
+    let mut data = data(args, &ways, stamp, began, clock.elapsed());
+    data["lives_per_second"] = json!(per_second);
     if let Some(path) = &args.output {
         write(path, &data)?;
+    }
+    if let Some(path) = &args.plot {
+        let rows: Vec<_> = ways
+            .iter()
+            .map(|(way, series)| (way.name(), medians(series)))
+            .collect();
+        plot::write(path, &rows)?;
     }
     Ok(data.into())
 }
 
+/// The medians of what is a time.
+fn medians(series: &[Series]) -> Vec<(&'static str, f64)> {
+    METRICS
+        .iter()
+        .zip(series)
+        .filter(|((_, name), _)| name.ends_with("_ms"))
+        .map(|((column, _), series)| (*column, series.percentile(50)))
+        .collect()
+}
+
+/// The lives of each way, and how many short ones end in a second.
+async fn measure(
+    args: &Args,
+    cx: &Context,
+    engine: &Engine,
+    signals: &mut Signals,
+) -> Result<(Vec<Vec<Life>>, Option<f64>), CliError> {
+    let booting = Engine::new(Config {
+        templates: false,
+        ..engine.config().clone()
+    });
+    // A kind of its own, so that it is nobody's pool but ours.
+    let mut pooled = SandboxSpec::new(engine.unused_name()?);
+    pooled.image.clone_from(&args.image);
+    pooled.disk_mib += 1;
+    let mut pool = PoolSpec {
+        image: args.image.clone(),
+        cpus: pooled.cpus,
+        memory_mib: pooled.memory_mib,
+        disk_mib: pooled.disk_mib,
+        disk_mode: pooled.disk_mode,
+        size: POOL_SIZE,
+        commands: Vec::new(),
+    };
+    let result = async {
+        let mut lives = vec![Vec::new(); args.ways.len()];
+        for turn in 1..=args.iterations {
+            for (&way, lives) in args.ways.iter().zip(&mut lives) {
+                let mut spec = SandboxSpec::new(engine.unused_name()?);
+                spec.image.clone_from(&args.image);
+                let engine = match way {
+                    Way::Cold => &booting,
+                    Way::Template => engine,
+                    Way::Pool => {
+                        spec.disk_mib = pooled.disk_mib;
+                        engine
+                    }
+                };
+                let fill = (way == Way::Pool).then_some(&pool);
+                lives.push(turn_of(engine, &spec, fill, signals).await?);
+            }
+            cx.out.status(&format!("{turn} of {}", args.iterations));
+        }
+        let per_second = if args.ways.contains(&Way::Template) {
+            let lives = usize::try_from(args.iterations)
+                .unwrap_or(usize::MAX)
+                .min(50)
+                * AT_ONCE;
+            Some(
+                signals
+                    .or_interrupted(throughput(engine, &args.image, lives))
+                    .await?,
+            )
+        } else {
+            None
+        };
+        Ok((lives, per_second))
+    }
+    .await;
+    if args.ways.contains(&Way::Pool) {
+        pool.size = 0;
+        engine.set_pool(&pool, &mut |_| {}).await?;
+    }
+    result
+}
+
+/// A long life and a short one.
+async fn turn_of(
+    engine: &Engine,
+    spec: &SandboxSpec,
+    fill: Option<&PoolSpec>,
+    signals: &mut Signals,
+) -> Result<Life, CliError> {
+    let work = async {
+        if let Some(pool) = fill {
+            // Waits for whoever fills it in the background.
+            engine.set_pool(pool, &mut |_| {}).await?;
+        }
+        let long = long(engine, spec).await?;
+        if let Some(pool) = fill {
+            engine.set_pool(pool, &mut |_| {}).await?;
+        }
+        let short = short(engine, spec).await?;
+        Ok::<_, CliError>((long, short))
+    };
+    let result = signals.or_interrupted(work).await;
+    match result {
+        Ok((long, short)) => {
+            let [
+                create,
+                start,
+                ready,
+                first,
+                next,
+                python,
+                stop,
+                delete,
+                total,
+                memory,
+            ] = long;
+            let [kill, run] = short;
+            Ok([
+                create,
+                start,
+                ready,
+                first,
+                ready + first,
+                next,
+                python,
+                stop,
+                delete,
+                kill,
+                run,
+                total,
+                memory,
+            ])
+        }
+        Err(error) => {
+            // The failure is what matters; a failed clean-up shows in `ls`.
+            let _ = signals
+                .or_interrupted(engine.delete(spec.name.as_str()))
+                .await;
+            Err(error)
+        }
+    }
+}
+
+/// Milliseconds since then.
+fn since(then: Instant) -> f64 {
+    units::millis(then.elapsed())
+}
+
+/// Makes and starts a sandbox: milliseconds until it was made, and until its VMM ran.
+async fn launch(engine: &Engine, spec: &SandboxSpec) -> Result<(Session, f64, f64), CliError> {
+    let begin = Instant::now();
+    if let Some((session, _)) = engine.claim(spec).await? {
+        return Ok((session, 0.0, 0.0));
+    }
+    engine.create(spec)?;
+    let create = since(begin);
+    let (session, times) = engine.start(spec.name.as_str()).await?;
+    Ok((session, create, units::millis(times.vmm)))
+}
+
 /// One sandbox from nothing to nothing.
-async fn live(engine: &Engine, spec: &SandboxSpec) -> Result<Life, CliError> {
+async fn long(engine: &Engine, spec: &SandboxSpec) -> Result<[f64; 10], CliError> {
     let name = spec.name.as_str();
     let begin = Instant::now();
-    engine.create(spec)?;
-    let create = begin.elapsed();
-    let (session, times) = engine.start(name).await?;
-    let ready = begin.elapsed();
-    let first = command(&session, &["true"]).await?;
+    let (session, create, start) = launch(engine, spec).await?;
+    let ready = since(begin);
+    let first = units::millis(command(&session, &["true"]).await?);
+    let memory = private_mib(engine, name)?;
     let mut next = Vec::with_capacity(COMMANDS);
     for _ in 0..COMMANDS {
         next.push(command(&session, &["true"]).await?);
     }
     next.sort();
-    let python = command(&session, &["python3", "-c", "print(6*7)"]).await?;
+    let python = units::millis(command(&session, &["python3", "-c", "print(6*7)"]).await?);
     drop(session);
     let at = Instant::now();
     engine.stop(name, Duration::from_secs(10)).await?;
-    let stop = at.elapsed();
+    let stop = since(at);
     let at = Instant::now();
     engine.delete(name).await?;
-    let delete = at.elapsed();
-    let total = begin.elapsed();
+    let delete = since(at);
+    let next = units::millis(next[COMMANDS / 2]);
+    let total = since(begin);
     Ok([
-        create,
-        times.vmm,
-        ready,
-        first,
-        next[COMMANDS / 2],
-        python,
-        stop,
-        delete,
-        total,
+        create, start, ready, first, next, python, stop, delete, total, memory,
     ])
+}
+
+/// One sandbox that runs one command and is deleted as it runs.
+async fn short(engine: &Engine, spec: &SandboxSpec) -> Result<[f64; 2], CliError> {
+    let begin = Instant::now();
+    let (session, ..) = launch(engine, spec).await?;
+    command(&session, &["true"]).await?;
+    drop(session);
+    let at = Instant::now();
+    engine.delete(spec.name.as_str()).await?;
+    Ok([since(at), since(begin)])
+}
+
+/// How many short lives end in a second, with some at one time.
+async fn throughput(engine: &Engine, image: &str, lives: usize) -> Result<f64, CliError> {
+    let begin = Instant::now();
+    let mut running = tokio::task::JoinSet::new();
+    for number in 0..lives {
+        if running.len() == AT_ONCE {
+            finished(running.join_next().await)?;
+        }
+        let mut spec = SandboxSpec::new(format!("bench-{}-{number}", std::process::id()).parse()?);
+        image.clone_into(&mut spec.image);
+        spec.ephemeral = true;
+        let engine = engine.clone();
+        running.spawn(async move { short(&engine, &spec).await.map(|_| ()) });
+    }
+    while !running.is_empty() {
+        finished(running.join_next().await)?;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "there are not 2^52 lives")]
+    let lives = lives as f64;
+    Ok(lives / begin.elapsed().as_secs_f64())
+}
+
+fn finished(
+    life: Option<Result<Result<(), CliError>, tokio::task::JoinError>>,
+) -> Result<(), CliError> {
+    match life {
+        None => Ok(()),
+        Some(Ok(result)) => result,
+        Some(Err(error)) => Err(CliError::io("measuring", std::io::Error::other(error))),
+    }
+}
+
+/// MiB of memory that a sandbox's machine shares with no other process (proc(5), `smaps_rollup`).
+fn private_mib(engine: &Engine, name: &str) -> Result<f64, CliError> {
+    let pid = engine.info(name)?.vmm_pid.unwrap_or(0);
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| CliError::io(format!("reading {path}"), error))?;
+    let kib: u32 = text
+        .lines()
+        .filter(|line| line.starts_with("Private_"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u32>().ok())
+        .sum();
+    Ok(f64::from(kib) / 1024.0)
 }
 
 /// Runs a command to its end, output and all.
@@ -183,23 +428,41 @@ impl Series {
     }
 }
 
-fn show(cx: &Context, series: &[Series], stamp: &Map<String, Value>) -> Result<(), CliError> {
+fn show(
+    cx: &Context,
+    ways: &[(Way, Vec<Series>)],
+    per_second: Option<f64>,
+    stamp: &Map<String, Value>,
+) -> Result<(), CliError> {
     let cell = |value: f64| format!("{value:.1}");
-    let rows = METRICS.iter().zip(series).map(|((column, _), series)| {
-        vec![
-            (*column).to_owned(),
-            cell(series.percentile(50)),
-            cell(series.percentile(90)),
-            cell(series.percentile(99)),
-            cell(series.percentile(0)),
-            cell(series.percentile(100)),
-        ]
-    });
-    cx.out
-        .table(&["MS", "P50", "P90", "P99", "MIN", "MAX"], rows.collect())?;
-    cx.out.line("")?;
-    let count = series.first().map_or(0, |series| series.raw.len());
-    cx.out.line(&format!("n: {count}"))?;
+    for (way, series) in ways {
+        let rows = METRICS.iter().zip(series).map(|((column, _), series)| {
+            vec![
+                (*column).to_owned(),
+                cell(series.percentile(50)),
+                cell(series.percentile(90)),
+                cell(series.percentile(99)),
+                cell(series.percentile(0)),
+                cell(series.percentile(100)),
+            ]
+        });
+        let title = way.name().to_uppercase();
+        cx.out.table(
+            &[title.as_str(), "P50", "P90", "P99", "MIN", "MAX"],
+            rows.collect(),
+        )?;
+        cx.out.line("")?;
+    }
+    if let Some(per_second) = per_second {
+        cx.out.line(&format!(
+            "create, run and delete, {AT_ONCE} at once, from a template: {per_second:.1} in a second"
+        ))?;
+    }
+    let count = ways
+        .first()
+        .and_then(|(_, series)| series.first())
+        .map_or(0, |series| series.raw.len());
+    cx.out.line(&format!("n: {count} of each"))?;
     for (name, value) in stamp {
         let text = value
             .as_str()
@@ -211,28 +474,37 @@ fn show(cx: &Context, series: &[Series], stamp: &Map<String, Value>) -> Result<(
 
 fn data(
     args: &Args,
-    series: &[Series],
+    ways: &[(Way, Vec<Series>)],
     stamp: Map<String, Value>,
     began: jiff::Timestamp,
     took: Duration,
 ) -> Value {
-    let mut results = Map::new();
-    for ((_, name), series) in METRICS.iter().zip(series) {
-        let stats = json!({
-            "p50": series.percentile(50),
-            "p90": series.percentile(90),
-            "p95": series.percentile(95),
-            "p99": series.percentile(99),
-            "mean": series.mean(),
-            "min": series.percentile(0),
-            "max": series.percentile(100),
-            "count": series.raw.len(),
-        });
-        results.insert(
-            (*name).to_owned(),
-            json!({ "stats": stats, "raw": series.raw }),
-        );
-    }
+    let results = |series: &[Series]| {
+        let mut results = Map::new();
+        for ((_, name), series) in METRICS.iter().zip(series) {
+            let stats = json!({
+                "p50": series.percentile(50),
+                "p90": series.percentile(90),
+                "p95": series.percentile(95),
+                "p99": series.percentile(99),
+                "mean": series.mean(),
+                "min": series.percentile(0),
+                "max": series.percentile(100),
+                "count": series.raw.len(),
+            });
+            results.insert(
+                (*name).to_owned(),
+                json!({ "stats": stats, "raw": series.raw }),
+            );
+        }
+        Value::Object(results)
+    };
+    let all: Map<String, Value> = ways
+        .iter()
+        .map(|(way, series)| (way.name().to_owned(), results(series)))
+        .collect();
+    // What a user gets who asks for nothing.
+    let default = all.get(Way::Template.name()).cloned();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "environment": stamp,
@@ -241,7 +513,8 @@ fn data(
         "iterations": args.iterations,
         "started_at": began,
         "duration_s": took.as_secs_f64(),
-        "results": results,
+        "results": default,
+        "ways": all,
     })
 }
 
