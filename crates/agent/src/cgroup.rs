@@ -7,8 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{AtFlags, Mode, OFlags};
+
+/// How long processes may take to stand still.
+const FREEZE_WAIT: Duration = Duration::from_secs(2);
 
 /// Groups that outlived their command and are looked at before a new one is made.
 const LOOKS_MAX: usize = 4;
@@ -19,6 +24,8 @@ pub(crate) struct Cgroups {
     directory: OwnedFd,
     next: AtomicU64,
     pool: Mutex<Pool>,
+    /// How many want every process to stand still.
+    holding: Mutex<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +63,7 @@ impl Cgroups {
             directory: rustix::fs::open(directory, flags, Mode::empty()).ok()?,
             next: AtomicU64::new(0),
             pool: Mutex::new(Pool::default()),
+            holding: Mutex::new(0),
         });
         // `cgroup.kill` came with Linux 5.14; without it groups are no use here.
         let first = cgroups.make().ok()?;
@@ -94,6 +102,64 @@ impl Cgroups {
         }
     }
 
+    /// Makes every process of every command stand still until the hold is dropped; commands that
+    /// start meanwhile wait. `None` where the kernel cannot do that.
+    ///
+    /// A process that waits for a device stands still only once it has what it waits for, so this
+    /// takes up to [`FREEZE_WAIT`].
+    pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
+        let mut holding = self.holding();
+        if *holding == 0 {
+            self.freeze(b"1").ok()?;
+        }
+        *holding += 1;
+        drop(holding);
+        let hold = Hold {
+            cgroups: Arc::clone(self),
+        };
+        self.wait_until_frozen();
+        Some(hold)
+    }
+
+    fn holding(&self) -> MutexGuard<'_, u32> {
+        self.holding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// "Freezing", `Documentation/admin-guide/cgroup-v2.rst`.
+    fn freeze(&self, state: &[u8]) -> rustix::io::Result<()> {
+        let file = self.open("cgroup.freeze", OFlags::WRONLY)?;
+        rustix::io::write(&file, state).map(drop)
+    }
+
+    fn open(&self, file: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        rustix::fs::openat(
+            &self.directory,
+            file,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+    }
+
+    /// Watches `cgroup.events`, of which the kernel says by POLLPRI that it has changed.
+    fn wait_until_frozen(&self) {
+        let Ok(events) = self.open("cgroup.events", OFlags::RDONLY) else {
+            return;
+        };
+        let deadline = Instant::now() + FREEZE_WAIT;
+        while !says(&events, b"frozen 1") {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(limit) = Timespec::try_from(left) else {
+                return;
+            };
+            let mut fds = [PollFd::new(&events, PollFlags::PRI)];
+            match rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&limit))) {
+                Ok(1..) => {}
+                // Whoever does not stand still by now does so when it wakes.
+                _ => return,
+            }
+        }
+    }
+
     /// A group without processes, if one can be had.
     pub(crate) fn lease(self: &Arc<Self>) -> Option<Lease> {
         let mut pool = self.pool();
@@ -127,12 +193,34 @@ impl Cgroups {
 
 impl Group {
     fn is_empty(&self) -> bool {
-        let mut text = [0u8; 128];
-        match rustix::io::pread(&self.events, &mut text, 0) {
-            Ok(length) => text[..length]
-                .split(|byte| *byte == b'\n')
-                .any(|line| line == b"populated 0"),
-            Err(_) => false,
+        says(&self.events, b"populated 0")
+    }
+}
+
+/// Whether a group's `cgroup.events` has this line.
+fn says(events: &OwnedFd, wanted: &[u8]) -> bool {
+    let mut text = [0u8; 128];
+    match rustix::io::pread(events, &mut text, 0) {
+        Ok(length) => text[..length]
+            .split(|byte| *byte == b'\n')
+            .any(|line| line == wanted),
+        Err(_) => false,
+    }
+}
+
+/// Every command stands still while this lives.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    cgroups: Arc<Cgroups>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut holding = self.cgroups.holding();
+        *holding -= 1;
+        if *holding == 0 {
+            // Nothing is known that would make this fail.
+            let _ = self.cgroups.freeze(b"0");
         }
     }
 }

@@ -393,7 +393,7 @@ fn failed(why: Failure) -> Last {
 fn carry_out(agent: &Arc<Agent>, stream: &Arc<Stream>, request: &Request) -> Result<Last, Stop> {
     match request {
         Request::Exec(request) => exec::run(agent, stream, request),
-        Request::Archive(request) => files::archive(stream, request),
+        Request::Archive(request) => files::archive(agent, stream, request),
         Request::Extract(request) => extract::extract(stream, request),
         Request::List(request) => list::list(stream, request),
         Request::Facts => facts::facts().map_err(Stop::from),

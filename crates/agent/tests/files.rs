@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
@@ -172,6 +173,92 @@ fn other_tars_read_the_stream() {
 }
 
 #[test]
+fn a_complete_archive_keeps_what_a_copy_has_no_use_for() {
+    let directory = tempfile::tempdir().expect("directory");
+    let top = directory.path().join("top");
+    fs::create_dir(&top).expect("directory");
+    fs::write(top.join("file"), "content").expect("file");
+    fs::hard_link(top.join("file"), top.join("same")).expect("link");
+    std::os::unix::fs::symlink("file", top.join("symbolic")).expect("link");
+    fs::hard_link(top.join("symbolic"), top.join("symbolic2")).expect("link");
+    std::os::unix::net::UnixListener::bind(top.join("socket")).expect("socket");
+    let mode = rustix::fs::Mode::from_raw_mode(0o640);
+    rustix::fs::mkfifoat(rustix::fs::CWD, top.join("pipe"), mode).expect("pipe");
+    let odd = std::ffi::OsStr::from_bytes(b"odd\xff\n=%");
+    fs::write(top.join(odd), "odd").expect("file");
+    for (name, value) in [("user.a=b%c", &b"one\0two"[..]), ("user.empty", b"")] {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(top.join("file"), name, value, flags).expect("attribute");
+    }
+    let before_1970 = rustix::time::Timespec {
+        tv_sec: -2,
+        tv_nsec: 750_000_000,
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: before_1970,
+        last_modification: before_1970,
+    };
+    let flags = rustix::fs::AtFlags::empty();
+    rustix::fs::utimensat(rustix::fs::CWD, top.join(odd), &times, flags).expect("time");
+    set_mtime(&top.join("file"), 1_000_000_000);
+
+    let archived = Guest::start().ask(&Request::Archive(ArchiveRequest {
+        path: bytes_of(&top).into(),
+        follow: false,
+        complete: Some(true),
+        hold: Some(true),
+    }));
+    archived.done();
+    let mut said = Vec::new();
+    let mut archive = tar::Archive::new(archived.output.as_slice());
+    for entry in archive.entries().expect("a tar stream") {
+        let mut entry = entry.expect("an entry");
+        let kind = entry.header().entry_type();
+        let link = entry
+            .link_name_bytes()
+            .map(|link| format!(" to {}", String::from_utf8_lossy(&link)));
+        let name = entry.path_bytes().escape_ascii().to_string();
+        let mut records = Vec::new();
+        for record in entry
+            .pax_extensions()
+            .expect("records")
+            .into_iter()
+            .flatten()
+        {
+            let record = record.expect("a record");
+            let key = record.key().expect("text");
+            if key != "mtime" || name.contains("odd") {
+                records.push(format!("{key}={}", record.value_bytes().escape_ascii()));
+            }
+        }
+        said.push(format!(
+            "{} {name}{} {:o} {}",
+            char::from(kind.as_byte()).escape_default(),
+            link.unwrap_or_default(),
+            entry.header().mode().expect("mode") & 0o777,
+            records.join(" ")
+        ));
+    }
+    let masked = |path: &str| fs::symlink_metadata(top.join(path)).expect("there").mode() & 0o777;
+    let (top_mode, file_mode, pipe_mode) = (masked(""), masked("file"), masked("pipe"));
+    assert_eq!(
+        said,
+        [
+            "g ././@PaxHeader 644 comment=complete".to_owned(),
+            format!("5 top/ {top_mode:o} "),
+            format!(
+                "0 top/file {file_mode:o} SCHILY.xattr.user.a%3Db%25c=one\\x00two SCHILY.xattr.user.empty="
+            ),
+            format!("0 top/odd\\xff\\n=% {file_mode:o} mtime=-1.250000000"),
+            format!("6 top/pipe {pipe_mode:o} "),
+            format!("1 top/same to top/file {file_mode:o} "),
+            "2 top/symbolic to file 777 ".to_owned(),
+            "1 top/symbolic2 to top/symbolic 777 ".to_owned(),
+        ]
+    );
+}
+
+#[test]
 fn one_file_and_links_are_archived_by_their_names() {
     let mut guest = Guest::start();
     let directory = tempfile::tempdir().expect("directory");
@@ -193,6 +280,8 @@ fn one_file_and_links_are_archived_by_their_names() {
     let followed = guest.ask(&Request::Archive(ArchiveRequest {
         path: bytes_of(&link).into(),
         follow: true,
+        complete: None,
+        hold: None,
     }));
     followed.done();
     assert_eq!(

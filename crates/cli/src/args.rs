@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use smolvm_engine::AccelChoice;
 
 use crate::commands::{
-    bench, completion, cp, create, delete, doctor, exec, file, fork, image, info, list, logs,
-    pause, pool, prune, run, setup, shell, snapshot, start, stop,
+    bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, list,
+    logs, pause, pool, prune, run, setup, shell, snapshot, start, stop,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -104,6 +104,8 @@ pub(crate) enum Command {
     /// Delete sandboxes, running or not
     #[command(alias = "delete")]
     Rm(delete::Args),
+    /// Make an image of a running sandbox
+    Commit(commit::Args),
     /// Everything that can be done with sandboxes
     #[command(
         alias = "computer",
@@ -166,6 +168,8 @@ pub(crate) enum SandboxCommand {
     Shell(shell::Args),
     /// Show the console of a sandbox
     Logs(logs::Args),
+    /// Make an image of a running sandbox
+    Commit(commit::Args),
     /// Remove what no sandbox owns any more
     Prune(prune::Args),
     /// Files of a sandbox
@@ -252,6 +256,9 @@ pub(crate) enum ImageCommand {
     /// List the images on this host
     #[command(alias = "ls")]
     List(image::ListArgs),
+    /// Remove an image that no sandbox needs
+    #[command(alias = "rm")]
+    Delete(image::DeleteArgs),
 }
 
 /// `smolvm bench`.

@@ -44,6 +44,17 @@ pub(crate) fn snapshots() -> Vec<CompletionCandidate> {
         .collect()
 }
 
+/// The images, as candidates.
+pub(crate) fn images() -> Vec<CompletionCandidate> {
+    let images = engine().and_then(|engine| engine.images().ok());
+    images
+        .unwrap_or_default()
+        .into_iter()
+        .map(|image| CompletionCandidate::new(image.name).help(Some(image.source.into())))
+        .collect()
+}
+
+/// The engine as the environment alone wants it.
 fn engine() -> Option<Engine> {
     let globals = Globals {
         json: false,
@@ -52,6 +63,5 @@ fn engine() -> Option<Engine> {
         quiet: true,
         verbose: 0,
     };
-    let config = World::read().config(&globals, None).ok()?;
-    Some(Engine::new(config))
+    World::read().config(&globals, None).ok().map(Engine::new)
 }

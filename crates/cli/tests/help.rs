@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 32] = [
     "",
     "run",
     "create",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 30] = [
     "start",
     "stop",
     "rm",
+    "commit",
     "sandbox",
     "sandbox create",
     "sandbox list",
@@ -31,6 +32,7 @@ const COMMANDS: [&str; 30] = [
     "file ls",
     "image",
     "image list",
+    "image delete",
     "doctor",
     "setup",
     "completion",

@@ -69,6 +69,10 @@ fn both_forms_of_a_command_answer_alike() {
             &["computer", "delete", "x", "--json"],
         ),
         (
+            &["commit", "x", "y", "--json"],
+            &["sandbox", "commit", "x", "y", "--json"],
+        ),
+        (
             &["exec", "x", "--json", "y"],
             &["sandbox", "exec", "x", "--json", "y"],
         ),

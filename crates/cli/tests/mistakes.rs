@@ -107,6 +107,51 @@ fn command_lines_that_do_not_parse_as_json() {
 }
 
 #[test]
+fn images_that_cannot_be_made_or_removed() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["commit", "box", "Docker.io/Image"]), @r"
+        $ smolvm commit box Docker.io/Image
+        --- stderr
+        error: `Docker.io/Image` is not an image name
+        hint: use at most 128 lower-case letters, digits, `.`, `-` and `_`, beginning and ending with a letter or digit; a tag may follow, as in `tools:v2`
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["commit", "box", "tools:v1"]), @r"
+        $ smolvm commit box tools:v1
+        --- stderr
+        error: there is no sandbox named `box`
+        hint: see the sandboxes with `smolvm ls --all`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["image", "rm", "tools:v1"]), @r"
+        $ smolvm image rm tools:v1
+        --- stderr
+        error: there is no image named `tools:v1`
+        hint: see the images with `smolvm image list`; the default is `debian-12`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["image", "rm", "tools:v1", "--json"]), @r#"
+        $ smolvm image rm tools:v1 --json
+        {
+          "ok": false,
+          "command": "image.delete",
+          "exit_code": 1,
+          "data": null,
+          "error": {
+            "code": "not_found",
+            "message": "there is no image named `tools:v1`",
+            "recovery": "see the images with `smolvm image list`; the default is `debian-12`",
+            "details": {
+              "kind": "not_found"
+            }
+          }
+        }
+        --- exit 1
+    "#);
+    assert!(!home.path("data").exists(), "nothing was made for it");
+}
+
+#[test]
 fn values_out_of_bounds() {
     let home = Home::new();
     insta::assert_snapshot!(home.run(&["create", "--name", "Box!"]), @r"

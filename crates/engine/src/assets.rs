@@ -156,6 +156,8 @@ impl Assets<'_> {
             cancel,
             &mut |progress| report(watcher, &task, progress),
         )?;
+        // Until it has its row nobody may take it for one that is not needed.
+        let _names = self.names_turn()?;
         let place = self.layout.image(&image.manifest.digest);
         // A database that was lost may have left the very same image.
         if place.exists() {

@@ -25,7 +25,7 @@ use crate::plan::{self, HostFacts, Layer};
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
-use crate::store::{ImageRow, OTHER_DIRECTORY, SandboxRow, State, Store};
+use crate::store::{OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
 
@@ -252,17 +252,7 @@ impl Engine {
         let Some(store) = Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
         };
-        Ok(store
-            .images()?
-            .into_iter()
-            .map(|image: ImageRow| ImageInfo {
-                name: image.name,
-                digest: image.digest,
-                size_bytes: image.size_bytes,
-                created_at: image.created_at,
-                source: image.source,
-            })
-            .collect())
+        Ok(store.images()?.into_iter().map(ImageInfo::from).collect())
     }
 
     /// The last `lines` lines of a sandbox's console.
@@ -516,6 +506,19 @@ impl Engine {
             teardown::reconcile_row(self.os(), self.layout(), store, &older)?;
         }
         store.insert_sandbox(&row)?;
+        // Whoever removes an image looks for rows first: either that one saw this row, or it is seen
+        // here that the image is gone.
+        if !store.is_kept_besides(&row.image_digest, &row.id)? {
+            store.delete_sandbox(&row.id)?;
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "image `{}` was removed or replaced just now",
+                    row.spec.image
+                ),
+            )
+            .hint("see the images with `smolvm image list`, and try again"));
+        }
         let made = self.os().create_dir(
             "make the sandbox's directory",
             self.layout().sandbox(&row.id).path(),
@@ -930,6 +933,17 @@ impl Engine {
             if !dry_run {
                 self.os()
                     .remove_tree("remove the leftover", &entry.path())?;
+            }
+        }
+        let turn = self.assets().names_turn()?;
+        for path in self.assets().unused_images(&store, &turn)? {
+            pruned.push(Pruned {
+                kind: "leftover",
+                name: path.display().to_string(),
+                bytes: used_below(&path),
+            });
+            if !dry_run {
+                self.assets().remove_unused_image(&path, &turn)?;
             }
         }
         Ok(pruned)

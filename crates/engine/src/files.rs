@@ -22,7 +22,7 @@ use crate::session::{FileKind, Session};
 /// Bytes of one piece on the way between the packing thread and the connection.
 const PIECE_BYTES: usize = 64 * 1024;
 /// Pieces waiting on that way.
-const PIECES_MAX: usize = 8;
+pub(crate) const PIECES_MAX: usize = 8;
 
 /// How to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +190,8 @@ impl Session {
         let mut stream = self.client.open(&Request::Archive(ArchiveRequest {
             path: guest.as_bytes().to_vec().into(),
             follow: true,
+            complete: None,
+            hold: None,
         }))?;
         let (sender, pieces) = mpsc::channel(PIECES_MAX);
         let tally = Arc::new(Tally::default());
@@ -459,7 +461,7 @@ impl Write for PieceWriter {
 
 /// The unpacking thread's end of the queue. An empty piece is the end; a queue that closes without
 /// one broke off.
-struct PieceReader {
+pub(crate) struct PieceReader {
     pieces: mpsc::Receiver<Vec<u8>>,
     piece: Vec<u8>,
     at: usize,
@@ -467,7 +469,7 @@ struct PieceReader {
 }
 
 impl PieceReader {
-    fn new(pieces: mpsc::Receiver<Vec<u8>>) -> Self {
+    pub(crate) fn new(pieces: mpsc::Receiver<Vec<u8>>) -> Self {
         Self {
             pieces,
             piece: Vec::new(),

@@ -29,6 +29,7 @@
 
 mod assets;
 mod client;
+mod commit;
 mod config;
 mod doctor;
 mod engine;
@@ -36,6 +37,7 @@ mod error;
 mod exec;
 mod facts;
 mod files;
+mod images;
 pub mod launch;
 pub mod layout;
 mod names;
@@ -49,6 +51,7 @@ pub mod teardown;
 mod templates;
 
 pub use assets::{Progress, Watcher};
+pub use commit::{CommitOptions, Committed};
 pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};
 pub use doctor::{Check, CheckStatus};
 pub use engine::{ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes};
@@ -56,6 +59,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
+pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use smolvm_host::cancel::Cancel;

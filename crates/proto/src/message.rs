@@ -99,6 +99,15 @@ pub struct ArchiveRequest {
     /// Whether a symbolic link at the path itself is followed.
     #[n(1)]
     pub follow: bool,
+    /// Whether the stream is to hold everything that makes a root file system: times to the
+    /// nanosecond, extended attributes, several names of one file as such, devices and pipes; and of
+    /// the path's own file system only, what is hidden below mounts included. It then begins with a
+    /// global pax header, by which the host knows that the agent understood. No if absent.
+    #[n(2)]
+    pub complete: Option<bool>,
+    /// Whether commands stand still while it is read, and new ones wait. No if absent.
+    #[n(3)]
+    pub hold: Option<bool>,
 }
 
 /// A tar stream to unpack.

@@ -164,6 +164,14 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Archive(ArchiveRequest {
             path: bytes("/etc"),
             follow: true,
+            complete: None,
+            hold: None,
+        }),
+        Request::Archive(ArchiveRequest {
+            path: bytes("/"),
+            follow: false,
+            complete: Some(true),
+            hold: Some(false),
         }),
         Request::Extract(ExtractRequest {
             directory: bytes("/tmp"),
@@ -196,6 +204,7 @@ fn requests() -> Vec<(&'static str, Request)> {
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
         Request::Exec(_) => "request.exec.bare",
+        Request::Archive(archive) if archive.complete.is_some() => "request.archive.complete",
         Request::Archive(_) => "request.archive",
         Request::Extract(extract) if extract.owner.is_some() => "request.extract.owner",
         Request::Extract(_) => "request.extract",
@@ -555,6 +564,8 @@ fn a_field_this_version_does_not_know_is_skipped() {
     skips_a_field_more(&ArchiveRequest {
         path: bytes("/"),
         follow: false,
+        complete: Some(true),
+        hold: Some(true),
     });
     skips_a_field_more(&StopRequest { grace_ms: 1 });
     skips_a_field_more(&Done { forced: false });

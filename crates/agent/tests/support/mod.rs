@@ -288,6 +288,8 @@ impl Guest {
         self.ask(&Request::Archive(ArchiveRequest {
             path: bytes_of(path).into(),
             follow: false,
+            complete: None,
+            hold: None,
         }))
     }
 

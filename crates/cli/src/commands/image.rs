@@ -1,8 +1,11 @@
 //! `smolvm image`: what sandboxes are made from.
 
-use serde_json::json;
+use clap_complete::engine::ArgValueCandidates;
+use serde_json::{Value, json};
+use smolvm_engine::ImageInfo;
 
 use super::{Context, Outcome};
+use crate::complete;
 use crate::report::CliError;
 use crate::units;
 
@@ -37,17 +40,42 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
             })
             .collect(),
     )?;
-    let images: Vec<_> = images
-        .iter()
-        .map(|image| {
-            json!({
-                "name": image.name,
-                "digest": image.digest,
-                "size_bytes": image.size_bytes,
-                "created_at": image.created_at,
-                "source": image.source,
-            })
-        })
-        .collect();
+    let images: Vec<_> = images.iter().map(json).collect();
     Ok(json!({ "images": images }).into())
+}
+
+/// An image in JSON.
+pub(super) fn json(image: &ImageInfo) -> Value {
+    json!({
+        "name": image.name,
+        "digest": image.digest,
+        "size_bytes": image.size_bytes,
+        "created_at": image.created_at,
+        "source": image.source,
+    })
+}
+
+/// Arguments of `image delete`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  smolvm image rm tools:v1
+
+Refused while a sandbox needs it. Its shared disk goes with it.")]
+pub(crate) struct DeleteArgs {
+    /// The image
+    #[arg(add = ArgValueCandidates::new(complete::images))]
+    name: String,
+}
+
+/// Removes an image.
+pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let removed = cx.engine(None)?.remove_image(&args.name)?;
+    cx.out.line(&args.name)?;
+    Ok(json!({
+        "deleted": [args.name],
+        "digest": removed.digest,
+        "freed_bytes": removed.freed_bytes,
+    })
+    .into())
 }

@@ -4,6 +4,7 @@
 //! [`Context::out`] as it goes, and returns the same data for programs in an [`Outcome`].
 
 pub(crate) mod bench;
+pub(crate) mod commit;
 pub(crate) mod completion;
 pub(crate) mod cp;
 pub(crate) mod create;
@@ -170,6 +171,7 @@ fn verb(command: Command) -> (&'static str, Verb) {
         Command::Resume(args) => sandbox(SandboxCommand::Resume(args)),
         Command::Fork(args) => sandbox(SandboxCommand::Fork(args)),
         Command::Rm(args) => sandbox(SandboxCommand::Delete(args)),
+        Command::Commit(args) => sandbox(SandboxCommand::Commit(args)),
         Command::Sandbox(group) => match group.command {
             Some(command) => sandbox(command),
             None => ("sandbox", Verb::Help(&["sandbox"])),
@@ -185,6 +187,7 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
+            Some(ImageCommand::Delete(args)) => verb!("image.delete", image::delete, args),
             None => ("image", Verb::Help(&["image"])),
         },
         Command::Doctor(args) => verb!("doctor", doctor::run, args),
@@ -217,6 +220,7 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
         SandboxCommand::Exec(args) => verb!("sandbox.exec", exec::run, args),
         SandboxCommand::Shell(args) => verb!("sandbox.shell", shell::run, args),
         SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
+        SandboxCommand::Commit(args) => verb!("sandbox.commit", commit::run, args),
         SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
         SandboxCommand::File(group) => file(group.command),
         SandboxCommand::Snapshot(group) => snapshot(group.command),
@@ -289,7 +293,7 @@ pub(crate) fn named<'a>(cli: &clap::Command, words: impl Iterator<Item = &'a OsS
         ["rm"] => "sandbox.delete".to_owned(),
         [
             name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop" | "pause"
-            | "resume" | "fork"),
+            | "resume" | "fork" | "commit"),
         ] => {
             format!("sandbox.{name}")
         }

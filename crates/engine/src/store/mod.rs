@@ -5,6 +5,7 @@
 //! conditional updates: of two processes that want to start one sandbox, one wins, and the other
 //! sees who did. Columns, not blobs; schema changes are numbered files in `schema/`.
 
+mod images;
 pub(crate) mod pools;
 pub(crate) mod rows;
 pub(crate) mod snapshots;
@@ -18,6 +19,7 @@ use rusqlite_migration::{M, Migrations, SchemaVersion};
 
 use crate::error::{Error, ErrorKind, Result};
 
+pub(crate) use images::{Removal, Users};
 pub use pools::PoolRow;
 pub use rows::{Identity, ImageRow, SandboxRow, State};
 pub use snapshots::{SnapshotRow, SnapshotState};

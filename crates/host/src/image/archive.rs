@@ -1,5 +1,8 @@
 //! Reading a tar stream: ustar, with the extensions of GNU and of pax(1).
 //!
+//! Holes of sparse files are understood in the old GNU format, the one in which the map is part of the
+//! header.
+//!
 //! The tar crate reads single headers here, but not the stream: it splits pax records at newlines,
 //! which the binary value of an extended attribute may contain, and then loses the rest of them.
 
@@ -10,6 +13,8 @@ use tar::{EntryType, Header};
 const BLOCK: usize = 512;
 /// The longest extension header: pax records and long names. Paths and attributes stay far below.
 const EXTENSION_BYTES_MAX: u64 = 16 << 20;
+/// The most parts of a sparse file. GNU tar writes as many as there are, our agent 16384 at most.
+const PARTS_MAX: usize = 1 << 20;
 
 fn corrupt(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
@@ -50,6 +55,10 @@ pub(super) struct Entry {
     pub(super) device: (u32, u32),
     /// Full names and values.
     pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Bytes of a file's data, holes included; 0 for everything else.
+    pub(super) size: u64,
+    /// Whether the archive says where the file has holes.
+    pub(super) sparse: bool,
 }
 
 /// Reads entry after entry. Reading it reads the data of the last entry.
@@ -61,6 +70,29 @@ pub(super) struct Reader<R> {
     /// Padding after that data.
     padding: u64,
     global: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Set while the last entry is a sparse file.
+    holes: Option<Holes>,
+}
+
+/// Where in a sparse file the data belongs that follows in the stream.
+#[derive(Debug)]
+struct Holes {
+    /// Bytes of the file.
+    size: u64,
+    /// Where the next byte belongs.
+    at: u64,
+    /// Begin and end of the parts that have data and are not over, in order, none of them empty.
+    parts: std::iter::Peekable<std::vec::IntoIter<(u64, u64)>>,
+}
+
+impl Holes {
+    /// Bytes from here to the next part that has data, or to the end.
+    fn here(&mut self) -> u64 {
+        self.parts
+            .peek()
+            .map_or(self.size, |(begin, _)| *begin)
+            .saturating_sub(self.at)
+    }
 }
 
 impl<R: Read> Reader<R> {
@@ -70,7 +102,60 @@ impl<R: Read> Reader<R> {
             left: 0,
             padding: 0,
             global: Vec::new(),
+            holes: None,
         }
+    }
+
+    /// Bytes from here on that are known to be zeros without being read.
+    pub(super) fn hole(&mut self) -> u64 {
+        self.holes.as_mut().map_or(0, Holes::here)
+    }
+
+    /// Goes on `count` bytes later, which must be no more than [`Reader::hole`] says.
+    pub(super) fn skip_hole(&mut self, count: u64) {
+        let holes = self.holes.as_mut().expect("only a sparse file has holes");
+        debug_assert!(count <= holes.here());
+        holes.at += count;
+    }
+
+    /// The map of a sparse file, of which the rest is in blocks of its own behind the header
+    /// ("Storing Sparse Files", old GNU format, in the manual of GNU tar).
+    fn read_holes(&mut self, header: &Header) -> io::Result<Holes> {
+        let bad = || corrupt("the map of a sparse file makes no sense");
+        let gnu = header.as_gnu().ok_or_else(bad)?;
+        let size = field(gnu.real_size())?;
+        let mut parts = Vec::new();
+        let mut add = |slots: &[tar::GnuSparseHeader]| {
+            for slot in slots.iter().filter(|slot| !slot.is_empty()) {
+                let (begin, length) = (field(slot.offset())?, field(slot.length())?);
+                let end = begin.checked_add(length).filter(|end| *end <= size);
+                let end = end.ok_or_else(bad)?;
+                let before = parts.last().map_or(0, |(_, end): &(u64, u64)| *end);
+                if begin < before || parts.len() == PARTS_MAX {
+                    return Err(bad());
+                }
+                if length > 0 {
+                    parts.push((begin, end));
+                }
+            }
+            Ok(())
+        };
+        add(&gnu.sparse)?;
+        let mut more = gnu.is_extended();
+        while more {
+            let mut block = tar::GnuExtSparseHeader::new();
+            self.inner.read_exact(block.as_mut_bytes())?;
+            add(&block.sparse)?;
+            more = block.is_extended();
+        }
+        if parts.iter().map(|(begin, end)| end - begin).sum::<u64>() != self.left {
+            return Err(bad());
+        }
+        Ok(Holes {
+            size,
+            at: 0,
+            parts: parts.into_iter().peekable(),
+        })
     }
 
     /// The next entry, or `None` at the archive's end mark. Skips what was not read of the last.
@@ -106,6 +191,7 @@ impl<R: Read> Reader<R> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         (self.left, self.padding) = (0, 0);
+        self.holes = None;
         let mut header = Header::new_old();
         self.inner.read_exact(header.as_mut_bytes())?;
         let bytes = header.as_bytes();
@@ -199,7 +285,7 @@ impl<R: Read> Reader<R> {
         let kind = match header.entry_type() {
             // Archives older than ustar mark a directory only so.
             EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
-            EntryType::Regular | EntryType::Continuous => Kind::File,
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Directory => Kind::Directory,
             EntryType::Symlink => Kind::Symlink,
             EntryType::Link => Kind::HardLink,
@@ -221,6 +307,9 @@ impl<R: Read> Reader<R> {
             _ => 0,
         };
         self.expect(size)?;
+        if header.entry_type() == EntryType::GNUSparse {
+            self.holes = Some(self.read_holes(header)?);
+        }
         let id = |from_pax: Option<u64>, from_header: io::Result<u64>| {
             u32::try_from(from_pax.map_or(field(from_header), Ok)?)
                 .map_err(|_| corrupt("an owner's number has more than 32 bits"))
@@ -255,23 +344,42 @@ impl<R: Read> Reader<R> {
                 .iter()
                 .filter_map(|(key, value)| {
                     let name = key.strip_prefix(b"SCHILY.xattr.")?;
-                    Some((name.to_vec(), value.clone()))
+                    Some((attribute_name(name), value.clone()))
                 })
                 .collect(),
+            size: self.holes.as_ref().map_or(size, |holes| holes.size),
+            sparse: self.holes.is_some(),
         })
     }
 }
 
 impl<R: Read> Read for Reader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.left == 0 || buffer.is_empty() {
+        let mut most = self.left;
+        if let Some(holes) = &mut self.holes {
+            let hole = holes.here();
+            if hole > 0 {
+                let n = usize::try_from(hole).map_or(buffer.len(), |hole| hole.min(buffer.len()));
+                buffer[..n].fill(0);
+                holes.at += n as u64;
+                return Ok(n);
+            }
+            most = holes.parts.peek().map_or(0, |(_, end)| end - holes.at);
+        }
+        if most == 0 || buffer.is_empty() {
             return Ok(0);
         }
-        let n = self.inner.by_ref().take(self.left).read(buffer)?;
+        let n = self.inner.by_ref().take(most).read(buffer)?;
         if n == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         self.left -= n as u64;
+        if let Some(holes) = &mut self.holes {
+            holes.at += n as u64;
+            if n as u64 == most {
+                holes.parts.next();
+            }
+        }
         Ok(n)
     }
 }
@@ -292,6 +400,23 @@ fn records(mut bytes: &[u8]) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         found.push(record.ok_or_else(|| corrupt("a pax record is malformed"))?);
     }
     Ok(found)
+}
+
+/// The name of an extended attribute from the key of a record, in which GNU tar writes `%` and `=` in
+/// another way.
+fn attribute_name(key: &[u8]) -> Vec<u8> {
+    let mut name = Vec::with_capacity(key.len());
+    let mut rest = key;
+    while let Some((first, after)) = rest.split_first() {
+        let (byte, after) = match rest {
+            [b'%', b'2', b'5', after @ ..] => (b'%', after),
+            [b'%', b'3', b'D', after @ ..] => (b'=', after),
+            _ => (*first, after),
+        };
+        name.push(byte);
+        rest = after;
+    }
+    name
 }
 
 /// Seconds with a fraction, rounded down to the nanosecond.
@@ -342,6 +467,79 @@ mod tests {
         }
         assert!(records(b"5 a=b\n").is_err());
         assert!(records(b"99999999999999999999 a=b\n").is_err());
+    }
+
+    #[test]
+    fn names_of_attributes_are_read_as_gnu_tar_writes_them() {
+        for (key, name) in [
+            ("user.a%3Db%25c", "user.a=b%c"),
+            ("user.%253D", "user.%3D"),
+            ("user.%", "user.%"),
+            ("user.%2", "user.%2"),
+        ] {
+            assert_eq!(attribute_name(key.as_bytes()), name.as_bytes());
+        }
+    }
+
+    /// An entry of a sparse file, with the parts that fit the header.
+    fn sparse(size: u64, parts: &[(u64, u64)], data: &[u8]) -> Vec<u8> {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::GNUSparse);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_size(data.len() as u64);
+        let gnu = header.as_gnu_mut().unwrap();
+        gnu.name[0] = b'f';
+        gnu.set_real_size(size);
+        for (slot, (offset, length)) in gnu.sparse.iter_mut().zip(parts) {
+            slot.set_offset(*offset);
+            slot.set_length(*length);
+        }
+        header.set_cksum();
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend_from_slice(data);
+        bytes.resize(bytes.len().next_multiple_of(512) + 1024, 0);
+        bytes
+    }
+
+    #[test]
+    fn holes_are_zeros_and_can_be_skipped() {
+        let bytes = sparse(20, &[(2, 3), (5, 1), (10, 2), (20, 0)], b"abcdef");
+        let mut reader = Reader::new(bytes.as_slice());
+        let entry = reader.next_entry().unwrap().unwrap();
+        assert_eq!((entry.size, entry.sparse), (20, true));
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        assert_eq!(read, b"\0\0abcd\0\0\0\0ef\0\0\0\0\0\0\0\0");
+        assert!(reader.next_entry().unwrap().is_none());
+
+        let mut reader = Reader::new(bytes.as_slice());
+        reader.next_entry().unwrap();
+        assert_eq!(reader.hole(), 2);
+        reader.skip_hole(1);
+        let mut some = [7; 4];
+        reader.read_exact(&mut some).unwrap();
+        assert_eq!(&some, b"\0abc");
+        assert_eq!(reader.hole(), 0);
+        // What was not read of it is skipped as well.
+        assert!(reader.next_entry().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_map_that_makes_no_sense_is_refused() {
+        for (size, parts, data) in [
+            (20, &[(2, 3)][..], "abcd"),
+            (20, &[(2, 5)], "abcd"),
+            (5, &[(2, 4)], "abcd"),
+            (20, &[(8, 2), (4, 2)], "abcd"),
+            (20, &[(8, 3), (10, 1)], "abcd"),
+            (20, &[(u64::MAX, 4)], "abcd"),
+        ] {
+            let bytes = sparse(size, parts, data.as_bytes());
+            let error = Reader::new(bytes.as_slice()).next_entry().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{parts:?}");
+        }
     }
 
     #[test]

@@ -222,6 +222,7 @@ pub fn build_default_image(
             meter: &meter,
             bytes: 0,
         },
+        &[],
     );
     let written = match written {
         Ok(written) => running.finish().map(|()| written),
@@ -243,39 +244,76 @@ pub fn build_default_image(
         &request.created,
         source,
         &written,
+        cancel,
     )?;
     meter.borrow_mut().at(Phase::Write, 1, 1);
     Ok(image)
 }
 
-/// Makes an image from an uncompressed tar archive and puts it at `dest`, which must not exist.
-/// `created` is a time, RFC 3339, and `source` says for people where it came from; both are copied
-/// into the image's description. A read that fails ends the import.
+/// An image to make from a tar archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImportRequest<'a> {
+    /// The image's name, copied into its description.
+    pub name: &'a str,
+    /// The time, RFC 3339, copied into the image's description.
+    pub created: &'a str,
+    /// Where it came from, for people; copied into the image's description.
+    pub source: &'a str,
+    /// Files whose content is left out, such as `etc/machine-id`.
+    pub empty: &'a [&'a str],
+}
+
+/// Makes an image from an uncompressed tar archive and puts it at `dest`, which must not exist. A
+/// read that fails ends the import.
 ///
 /// # Errors
 ///
 /// [`Corrupt`](HostErrorKind::Corrupt) if the stream is no tar archive that can be a root file
 /// system, see [`write_erofs`]; [`AlreadyExists`](HostErrorKind::AlreadyExists) if `dest` does;
-/// [`NoSpace`](HostErrorKind::NoSpace). Nothing remains at `dest` then.
+/// [`NoSpace`](HostErrorKind::NoSpace); [`Interrupted`](HostErrorKind::Interrupted) if cancelled,
+/// which is noticed at the next read. Nothing remains at `dest` then.
 pub fn import_tar(
     os: &Os,
     tar: &mut dyn Read,
-    name: &str,
-    created: &str,
-    source: &str,
+    request: &ImportRequest<'_>,
     dest: &Path,
+    cancel: &Cancel,
 ) -> Result<Image, HostError> {
     let staging = Staging::begin(os, dest)?;
-    let written = write_image(os, staging.dir(), tar)?;
+    let mut tar = Cancellable { inner: tar, cancel };
+    let written = match write_image(os, staging.dir(), &mut tar, request.empty) {
+        Err(error) => {
+            cancel.check("import", request.name)?;
+            return Err(error);
+        }
+        Ok(written) => written,
+    };
     describe(
         os,
         staging,
         dest,
-        name,
-        created,
-        source.to_owned(),
+        request.name,
+        request.created,
+        request.source.to_owned(),
         &written,
+        cancel,
     )
+}
+
+/// Ends with an error once it is cancelled.
+struct Cancellable<'a, R> {
+    inner: R,
+    cancel: &'a Cancel,
+}
+
+impl<R: Read> Read for Cancellable<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() {
+            // Not `Interrupted`, after which a reader would try again.
+            return Err(io::Error::other("cancelled"));
+        }
+        self.inner.read(buffer)
+    }
 }
 
 /// Where mmdebstrap works for an ordinary user. Removed when dropped.
@@ -347,7 +385,12 @@ impl Drop for Scratch<'_> {
 }
 
 /// Writes `root.erofs`.
-fn write_image(os: &Os, dir: &Path, tar: &mut dyn Read) -> Result<Written, HostError> {
+fn write_image(
+    os: &Os,
+    dir: &Path,
+    tar: &mut dyn Read,
+    empty: &[&str],
+) -> Result<Written, HostError> {
     let path = dir.join("root.erofs");
     let file = os.create_file("create the image", &path, 0o600)?;
     os.effect("write the image", &path, || {
@@ -355,6 +398,7 @@ fn write_image(os: &Os, dir: &Path, tar: &mut dyn Read) -> Result<Written, HostE
             BufReader::with_capacity(1 << 16, tar),
             &file,
             &[DPKG_STATUS],
+            empty,
         )?;
         file.sync_all()?;
         Ok(written)
@@ -362,6 +406,7 @@ fn write_image(os: &Os, dir: &Path, tar: &mut dyn Read) -> Result<Written, HostE
 }
 
 /// Writes `manifest.json` and puts the directory in place.
+#[expect(clippy::too_many_arguments, reason = "the fields of the description")]
 fn describe(
     os: &Os,
     staging: Staging<'_>,
@@ -370,10 +415,14 @@ fn describe(
     created: &str,
     source: String,
     written: &Written,
+    cancel: &Cancel,
 ) -> Result<Image, HostError> {
     let path = staging.dir().join("root.erofs");
     let digest = os.effect("hash the image", &path, || {
-        let mut file = File::open(&path)?;
+        let mut file = Cancellable {
+            inner: File::open(&path)?,
+            cancel,
+        };
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -382,7 +431,9 @@ fn describe(
                 n => hash.update(&buffer[..n]),
             }
         }
-    })?;
+    });
+    cancel.check("hash", "the image")?;
+    let digest = digest?;
     let status = written.captured.get(DPKG_STATUS);
     let manifest = ImageManifest {
         name: name.to_owned(),
@@ -617,9 +668,14 @@ mod tests {
     fn a_tar_archive_becomes_an_image_that_describes_itself() {
         let dir = tempfile::tempdir().unwrap();
         let (os, dest) = (Os::new(), dir.path().join("images/own"));
-        let import = |tar: &mut dyn Read| {
-            import_tar(&os, tar, "own", "2026-01-02T03:04:05Z", "own.tar", &dest)
+        let request = ImportRequest {
+            name: "own",
+            created: "2026-01-02T03:04:05Z",
+            source: "own.tar",
+            empty: &[],
         };
+        let cancel = Cancel::new().unwrap();
+        let import = |tar: &mut dyn Read| import_tar(&os, tar, &request, &dest, &cancel);
         let error = import(&mut b"no archive at all".as_slice()).unwrap_err();
         assert_eq!(error.kind(), HostErrorKind::Corrupt);
         assert!(only_lock_files(&dir.path().join("images")));
@@ -644,6 +700,19 @@ mod tests {
         assert_eq!(Image::open(&os, &dest).unwrap(), image);
         let error = import(&mut tar().as_slice()).unwrap_err();
         assert_eq!(error.kind(), HostErrorKind::AlreadyExists);
+
+        let other = dir.path().join("images/other");
+        let empty = ImportRequest {
+            empty: &["var/lib/dpkg/status"],
+            ..request
+        };
+        let image = import_tar(&os, &mut tar().as_slice(), &empty, &other, &cancel).unwrap();
+        assert_eq!(image.manifest.packages, [], "the list of them is empty");
+        fs::remove_dir_all(&other).unwrap();
+        cancel.cancel();
+        let error = import_tar(&os, &mut tar().as_slice(), &request, &other, &cancel).unwrap_err();
+        assert_eq!(error.kind(), HostErrorKind::Interrupted);
+        assert!(!other.exists());
     }
 
     /// A script in the place of mmdebstrap.

@@ -2,14 +2,15 @@
 //!
 //! The format is that of the kernel's `Documentation/filesystems/erofs.rst` and
 //! `fs/erofs/erofs_fs.h`, in the form every kernel since 5.4 reads: blocks of 4 KiB, no
-//! compression, no incompatible features.
+//! compression, no incompatible features. Only an image with holes in its files needs Linux 5.15:
+//! those files are cut into chunks of one size, of which a map tells the block, or that it is a hole.
 //!
 //! ```text
 //! block 0          superblock, at byte 1024
 //! then             data of files, in the order of the stream
 //! then             whole blocks of directories and long links
 //! to the end       metadata: inodes, each with its extended attributes and, if it fits, the
-//!                  last part of its data
+//!                  last part of its data, or the map of its chunks
 //! ```
 //!
 //! Data comes first so that it goes straight to the output while the stream is read; only names,
@@ -21,7 +22,7 @@ mod tree;
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 
-use self::tree::{Body, Tree};
+use self::tree::{Body, Chunks, Tree};
 use super::archive::{Entry, Kind, Reader};
 
 /// Bytes in a block.
@@ -35,6 +36,14 @@ const INODE: u64 = 64;
 const INLINE_BYTES_MAX: u64 = 2048;
 /// Of such files this much is held in memory while the stream is read; the ones after get blocks.
 const INLINE_TOTAL_MAX: u64 = 64 << 20;
+
+/// Files of this length or more are searched for zeros, which become holes. Shorter ones only if the
+/// archive says that they have holes: a program with some zeros in it is no sparse file.
+const SEARCHED_BYTES_MIN: u64 = 16 << 20;
+/// The smallest chunk of a file with holes.
+const CHUNK_BITS_MIN: u32 = 16;
+/// Chunks of a file, at most: longer files have larger ones. The map has 4 bytes for each.
+const CHUNKS_MAX: u64 = 1 << 16;
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,17 +65,20 @@ pub struct Written {
 /// entries with the same path the last counts. Missing parents become directories of user 0 with
 /// mode 0755. Equal streams make equal images.
 ///
-/// `capture` names files, such as `var/lib/dpkg/status`, whose content is also returned.
+/// `capture` names files, such as `var/lib/dpkg/status`, whose content is also returned; `empty`
+/// those whose content is left out.
 ///
 /// # Errors
 ///
 /// Those of reading and writing; [`InvalidData`](io::ErrorKind::InvalidData) if the stream is no
 /// tar archive, a path has `..` in it, a path leads through something that is not a directory, a
-/// hard link's target is missing, a name has more than 255 bytes, or there are sparse files.
+/// hard link's target is missing, a name has more than 255 bytes, there are sparse files in another
+/// than the old GNU format, or names and attributes take more than 2 GiB.
 pub fn write_erofs(
     tar: impl Read,
     image: impl Write + Seek,
     capture: &[&str],
+    empty: &[&str],
 ) -> io::Result<Written> {
     let mut tar = Reader::new(tar);
     let mut out = Output {
@@ -82,9 +94,22 @@ pub fn write_erofs(
         let path = tree::parts(&entry.path)?;
         let body = match entry.kind {
             Kind::File => {
-                let wanted = capture.iter().find(|c| path.join(&b'/') == c.as_bytes());
+                let name = path.join(&b'/');
+                let is_one = |of: &'_ &&str| name == of.as_bytes();
+                if empty.iter().any(|of| is_one(&of)) {
+                    tree.insert(&path, &entry, Body::SmallFile(Vec::new()))?;
+                    continue;
+                }
+                let wanted = capture.iter().find(is_one);
                 let mut copy = wanted.map(|_| Vec::new());
-                let body = copy_file(&mut tar, &mut out, &mut inline_left, &mut copy, &mut buffer)?;
+                let body = copy_file(
+                    &mut tar,
+                    &entry,
+                    &mut out,
+                    &mut inline_left,
+                    &mut copy,
+                    &mut buffer,
+                )?;
                 if let (Some(name), Some(copy)) = (wanted, copy) {
                     captured.insert((*name).to_owned(), copy);
                 }
@@ -110,39 +135,74 @@ pub fn write_erofs(
 
 /// Copies one file's data to the output, or to memory if it is small.
 fn copy_file(
-    data: &mut impl Read,
+    data: &mut Reader<impl Read>,
+    entry: &Entry,
     out: &mut Output<impl Write + Seek>,
     inline_left: &mut u64,
     copy: &mut Option<Vec<u8>>,
-    buffer: &mut [u8],
+    buffer: &mut Vec<u8>,
 ) -> io::Result<Body> {
-    let mut head = Vec::new();
-    data.take(INLINE_BYTES_MAX + 1).read_to_end(&mut head)?;
-    let length = head.len() as u64;
-    if length == 0 || (length <= INLINE_BYTES_MAX && length <= *inline_left) {
-        *inline_left -= length;
+    let size = entry.size;
+    if size == 0 || (size <= INLINE_BYTES_MAX && size <= *inline_left) {
+        *inline_left -= size;
+        let mut content = Vec::new();
+        data.read_to_end(&mut content)?;
         if let Some(copy) = copy {
-            copy.extend_from_slice(&head);
+            copy.extend_from_slice(&content);
         }
-        return Ok(Body::SmallFile(head));
+        return Ok(Body::SmallFile(content));
     }
     let first_block = out.block()?;
-    let mut size = 0;
-    let mut chunk = head.as_slice();
-    loop {
-        out.write(chunk)?;
-        size += chunk.len() as u64;
+    let searched = entry.sparse || size >= SEARCHED_BYTES_MIN;
+    let mut chunks = Chunks {
+        size,
+        bits: chunk_bits(size),
+        runs: Vec::new(),
+    };
+    // Without holes all of it lies in a row, and where it is cut does not show.
+    let chunk = usize::try_from(1_u64 << chunks.bits).expect("it fits memory");
+    buffer.resize(buffer.len().max(chunk), 0);
+    let mut left = size;
+    while left > 0 {
+        let length = usize::try_from(left).map_or(chunk, |left| left.min(chunk));
+        left -= length as u64;
+        let known = data.hole() >= length as u64;
+        let piece = &mut buffer[..length];
+        if known {
+            data.skip_hole(length as u64);
+        } else {
+            data.read_exact(piece)?;
+        }
+        let hole = known || (searched && piece.iter().all(|byte| *byte == 0));
         if let Some(copy) = copy {
-            copy.extend_from_slice(chunk);
+            let end = copy.len() + length;
+            if hole {
+                copy.resize(end, 0);
+            } else {
+                copy.extend_from_slice(piece);
+            }
         }
-        let n = data.read(buffer)?;
-        if n == 0 {
-            break;
+        match chunks.runs.last_mut() {
+            Some((count, block)) if block.is_none() == hole => *count += 1,
+            _ => chunks
+                .runs
+                .push((1, (!hole).then(|| out.block()).transpose()?)),
         }
-        chunk = &buffer[..n];
+        if !hole {
+            out.write(piece)?;
+            out.pad_block()?;
+        }
     }
-    out.pad_block()?;
-    Ok(Body::File { size, first_block })
+    if chunks.runs.iter().all(|(_, block)| block.is_some()) {
+        return Ok(Body::File { size, first_block });
+    }
+    Ok(Body::Chunks(chunks))
+}
+
+/// Logarithm of the bytes in a chunk of a file of this size.
+fn chunk_bits(size: u64) -> u32 {
+    let needed = size.div_ceil(CHUNKS_MAX).next_power_of_two();
+    needed.trailing_zeros().max(CHUNK_BITS_MIN)
 }
 
 /// `new_encode_dev` in the kernel's `include/linux/kdev_t.h`.
@@ -189,6 +249,8 @@ struct Place {
     whole: u64,
     /// Bytes behind the inode: the rest of its data.
     tail: u64,
+    /// Bytes behind the inode: the map of its chunks.
+    map: u64,
     /// All of its data.
     size: u64,
     /// Where the inode is, in bytes from the start of the metadata.
@@ -221,6 +283,7 @@ impl Layout {
                 first_block: 0,
                 whole: 0,
                 tail: 0,
+                map: 0,
                 size: 0,
                 at: 0,
             };
@@ -229,12 +292,18 @@ impl Layout {
                     place.size = *size;
                     place.first_block = *first_block;
                 }
+                Body::Chunks(chunks) => {
+                    place.size = chunks.size;
+                    place.map = 4 * chunks.count();
+                }
                 Body::Special(_) => {}
                 Body::SmallFile(_) | Body::Symlink(_) | Body::Directory(_) => {
                     place.size = match &node.body {
                         Body::Directory(children) => directory_size(children),
                         Body::SmallFile(bytes) | Body::Symlink(bytes) => bytes.len() as u64,
-                        Body::File { .. } | Body::Special(_) => unreachable!("matched above"),
+                        Body::File { .. } | Body::Chunks(_) | Body::Special(_) => {
+                            unreachable!("matched above")
+                        }
                     };
                     let rest = place.size % BLOCK;
                     place.tail = if head + rest <= BLOCK { rest } else { 0 };
@@ -247,7 +316,8 @@ impl Layout {
                 }
             }
             // The kernel refuses a tail that crosses a block's end (`erofs_map_blocks`), and an
-            // inode in one block is read at once. Extended attributes alone may cross.
+            // inode in one block is read at once. Extended attributes alone may cross, and so may a
+            // map, of which each number lies in one block.
             let together = if place.tail > 0 {
                 head + place.tail
             } else {
@@ -257,7 +327,7 @@ impl Layout {
                 next = next.next_multiple_of(BLOCK);
             }
             place.at = next;
-            next = (next + head + place.tail).next_multiple_of(SLOT);
+            next = (next + head + place.tail + place.map).next_multiple_of(SLOT);
             places[index] = Some(place);
         }
         Ok(Self {
@@ -296,6 +366,9 @@ impl Layout {
             out.zeros(meta + place.at - out.position)?;
             out.write(&self.inode(tree, index, number))?;
             out.write(&tree.nodes[index].xattrs)?;
+            if let Body::Chunks(chunks) = &tree.nodes[index].body {
+                write_map(chunks, out)?;
+            }
             if place.tail > 0 {
                 let content = self.content(tree, index);
                 let whole = usize::try_from(place.whole).expect("it is in memory");
@@ -327,7 +400,9 @@ impl Layout {
                 });
                 directory(names).into()
             }
-            Body::File { .. } | Body::Special(_) => unreachable!("it has no data here"),
+            Body::File { .. } | Body::Chunks(_) | Body::Special(_) => {
+                unreachable!("it has no data here")
+            }
         }
     }
 
@@ -336,19 +411,22 @@ impl Layout {
         const EXTENDED: u16 = 1;
         const FLAT_PLAIN: u16 = 0;
         const FLAT_INLINE: u16 = 2;
+        const CHUNK_BASED: u16 = 4;
         let (node, place) = (&tree.nodes[index], self.place(index));
-        let data = if place.tail > 0 {
-            FLAT_INLINE
-        } else {
-            FLAT_PLAIN
+        let data = match &node.body {
+            Body::Chunks(_) => CHUNK_BASED,
+            _ if place.tail > 0 => FLAT_INLINE,
+            _ => FLAT_PLAIN,
         };
         // The units of 4 bytes beyond the header of 12, plus 1; 0 if there are none.
         let xattr_count = match node.xattrs.len() {
             0 => 0,
             length => u16::try_from((length - 12) / 4 + 1).expect("bounded when it was made"),
         };
-        let address = match node.body {
-            Body::Special(device) => device,
+        let address = match &node.body {
+            Body::Special(device) => *device,
+            // `struct erofs_inode_chunk_info`: how many blocks, and no indexes.
+            Body::Chunks(chunks) => chunks.bits - BLOCK.trailing_zeros(),
             _ => place.first_block,
         };
         let mut bytes = Vec::with_capacity(64);
@@ -374,6 +452,8 @@ impl Layout {
         /// `EROFS_FEATURE_COMPAT_MTIME`: times are of modification.
         const MTIME: u32 = 2;
         const BLOCK_BITS: u8 = 12;
+        /// `EROFS_FEATURE_INCOMPAT_CHUNKED_FILE`.
+        const CHUNKED_FILE: u32 = 4;
         let root = u16::try_from(self.nid(tree::ROOT)).expect("the root is placed first");
         let newest = self.order.iter().map(|i| tree.nodes[*i].mtime).max();
         let (seconds, nanoseconds) = newest.unwrap_or_default();
@@ -388,10 +468,34 @@ impl Layout {
         bytes.extend_from_slice(&nanoseconds.to_le_bytes()); // build_time_nsec
         bytes.extend_from_slice(&blocks.to_le_bytes()); // blocks
         bytes.extend_from_slice(&self.meta_block.to_le_bytes()); // meta_blkaddr
-        // xattr_blkaddr, uuid, volume_name, feature_incompat and the rest: none.
+        // xattr_blkaddr, uuid and volume_name: none.
+        bytes.resize(80, 0);
+        let chunked = self
+            .order
+            .iter()
+            .any(|index| matches!(tree.nodes[*index].body, Body::Chunks(_)));
+        let features = if chunked { CHUNKED_FILE } else { 0 };
+        bytes.extend_from_slice(&features.to_le_bytes()); // feature_incompat
+        // The rest: none.
         bytes.resize(128, 0);
         bytes
     }
+}
+
+/// Writes the map of a file's chunks: the first block of each, in 4 bytes.
+fn write_map(chunks: &Chunks, out: &mut Output<impl Write + Seek>) -> io::Result<()> {
+    /// `EROFS_NULL_ADDR`.
+    const HOLE: u32 = u32::MAX;
+    let blocks = 1_u32 << (chunks.bits - BLOCK.trailing_zeros());
+    for (count, first) in &chunks.runs {
+        let mut block = *first;
+        for _ in 0..*count {
+            out.write(&block.unwrap_or(HOLE).to_le_bytes())?;
+            // The last chunk may be the last of the image and has no successor to be told.
+            block = block.map(|block| block.wrapping_add(blocks));
+        }
+    }
+    Ok(())
 }
 
 /// The entries of a directory with `.` and `..`, sorted by bytes, as the kernel's binary search

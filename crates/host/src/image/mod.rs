@@ -4,4 +4,6 @@ mod archive;
 pub mod build;
 pub mod erofs;
 
-pub use build::{BuildRequest, Image, ImageManifest, Package, build_default_image, import_tar};
+pub use build::{
+    BuildRequest, Image, ImageManifest, ImportRequest, Package, build_default_image, import_tar,
+};

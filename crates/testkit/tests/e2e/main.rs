@@ -7,6 +7,7 @@ mod deaths;
 mod disks;
 mod files;
 mod guest;
+mod images;
 mod life;
 mod pools;
 mod run;

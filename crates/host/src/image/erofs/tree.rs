@@ -11,6 +11,9 @@ pub(super) const ROOT: usize = 0;
 const NAME_BYTES_MAX: usize = 255;
 /// The longest target of a symbolic link: `PATH_MAX` less the NUL.
 const LINK_BYTES_MAX: usize = 4095;
+/// What a tree may hold in memory. Debian with a desktop takes some 100 MB; a hostile archive would
+/// take all there is.
+const HELD_BYTES_MAX: usize = 2 << 30;
 
 fn corrupt(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
@@ -46,10 +49,29 @@ pub(super) enum Body {
         size: u64,
         first_block: u32,
     },
+    /// Data that is in the output already but for its holes.
+    Chunks(Chunks),
     SmallFile(Vec<u8>),
     Symlink(Vec<u8>),
     /// A device with its number, or a FIFO.
     Special(u32),
+}
+
+/// A file in pieces of one size, each of which is whole blocks or a hole.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    pub(super) size: u64,
+    /// Logarithm of a piece's bytes.
+    pub(super) bits: u32,
+    /// Of so many pieces in a row, the first block; or `None` if they are holes.
+    pub(super) runs: Vec<(u64, Option<u32>)>,
+}
+
+impl Chunks {
+    /// The number of pieces.
+    pub(super) fn count(&self) -> u64 {
+        self.size.div_ceil(1 << self.bits)
+    }
 }
 
 impl Node {
@@ -83,6 +105,8 @@ impl Node {
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
+    /// Bytes of memory it takes, roughly.
+    held: usize,
 }
 
 /// The names in a path, from the root. Leading slashes and `.` mean nothing in an archive.
@@ -109,6 +133,7 @@ impl Tree {
     pub(super) fn new() -> Self {
         Self {
             nodes: vec![Node::new_directory(ROOT)],
+            held: 0,
         }
     }
 
@@ -152,6 +177,17 @@ impl Tree {
         Ok(at)
     }
 
+    /// Counts what one more entry takes.
+    fn hold(&mut self, path: &[&[u8]], more: usize) -> io::Result<()> {
+        // Its name is a key in a map whose nodes are half full at worst.
+        let name = path.last().map_or(0, |name| name.len()) + 64;
+        self.held += size_of::<Node>() + name + more;
+        if self.held > HELD_BYTES_MAX {
+            return Err(corrupt("it has more than 2 GiB of names and attributes"));
+        }
+        Ok(())
+    }
+
     /// Puts an entry into the tree. A directory that is there already keeps what is in it.
     pub(super) fn insert(&mut self, path: &[&[u8]], entry: &Entry, body: Body) -> io::Result<()> {
         let kind: u16 = match entry.kind {
@@ -181,6 +217,8 @@ impl Tree {
             parent: ROOT,
             names: 0,
         };
+        let target = entry.link.len();
+        self.hold(path, node.xattrs.len() + target)?;
         let Some(name) = path.last() else {
             if entry.kind != Kind::Directory {
                 return Err(corrupt("the root is not a directory"));
@@ -222,6 +260,7 @@ impl Tree {
         let Some(name) = path.last() else {
             return Err(corrupt("the root is not a directory"));
         };
+        self.hold(path, 0)?;
         let parent = self.parent_of(path)?;
         self.place(parent, name, at);
         Ok(())

@@ -1,0 +1,243 @@
+//! Making an image of what a running sandbox's root file system is now.
+//!
+//! The guest's agent reads the root, base and changes as the guest sees them, and sends it as a tar
+//! stream; a thread here writes the image as the stream comes, so nothing is copied twice. Commands
+//! in the sandbox stand still meanwhile, unless the caller wants otherwise.
+
+use std::future::Future;
+use std::pin::pin;
+
+use smolvm_host::cancel::Cancel;
+use smolvm_proto::Channel;
+use smolvm_proto::message::{ArchiveRequest, Event, Request};
+use tokio::sync::mpsc;
+
+use crate::assets::{Progress, Watcher};
+use crate::client::Heard;
+use crate::engine::{Engine, ImageInfo};
+use crate::error::{Error, ErrorKind, Result};
+use crate::files::{PIECES_MAX, PieceReader};
+use crate::images::{ImageName, Staged, name_taken};
+use crate::session::Session;
+use crate::store::Store;
+
+/// Where a tar header says what it is, and what it says of a global pax header.
+const TYPE_AT: usize = 156;
+const GLOBAL: u8 = b'g';
+
+/// How to commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommitOptions {
+    /// Whether an image of this name is replaced. Sandboxes that were made from it keep it.
+    pub replace: bool,
+    /// Whether the sandbox's commands stand still meanwhile, so that what they write together is
+    /// together in the image.
+    pub pause: bool,
+}
+
+impl Default for CommitOptions {
+    fn default() -> Self {
+        Self {
+            replace: false,
+            pause: true,
+        }
+    }
+}
+
+/// An image that was made of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The image.
+    pub image: ImageInfo,
+    /// The digest that the name had before, if another.
+    pub replaced: Option<String>,
+}
+
+impl Engine {
+    /// Makes an image named `image` of the root file system of a running sandbox: its base and all
+    /// changes, also those on a shared or memory-backed disk. Other mounts and sockets are left
+    /// out, and `/etc/machine-id` is empty. Ends early, with nothing left of it, if `stop` is ready
+    /// first.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotRunning`] with the command that starts it, [`ErrorKind::AlreadyExists`],
+    /// [`ErrorKind::NoSpace`], [`ErrorKind::Cancelled`]. Nothing has changed then.
+    pub async fn commit(
+        &self,
+        name: &str,
+        image: &ImageName,
+        options: &CommitOptions,
+        watcher: &mut (dyn Watcher + Send),
+        stop: impl Future<Output = ()> + Send,
+    ) -> Result<Committed> {
+        if !options.replace
+            && self
+                .images()?
+                .iter()
+                .any(|known| known.name == image.as_str())
+        {
+            return Err(name_taken(image));
+        }
+        let session = self.connect(name).await?;
+        let expected = self.expected_bytes(name, &session).await?;
+        let staged = self
+            .receive(&session, image, options, expected, watcher, stop)
+            .await?;
+        let mut store = Store::open(&self.layout().database())?;
+        let published = self
+            .assets()
+            .publish_image(&mut store, staged, image, options.replace)?;
+        Ok(Committed {
+            image: published.image.into(),
+            replaced: published.replaced,
+        })
+    }
+
+    /// How many bytes will come, roughly: the base, and what the writable layer holds.
+    async fn expected_bytes(&self, name: &str, session: &Session) -> Result<u64> {
+        let image = self.info(name)?.image;
+        let base = self
+            .images()?
+            .into_iter()
+            .find(|known| known.name == image)
+            .map_or(0, |known| known.size_bytes);
+        let facts = session.facts().await?;
+        let changed = facts.disk_total_bytes.saturating_sub(facts.disk_free_bytes);
+        Ok(base + changed)
+    }
+
+    /// Has the guest send its root, and a thread write it.
+    async fn receive(
+        &self,
+        session: &Session,
+        image: &ImageName,
+        options: &CommitOptions,
+        expected: u64,
+        watcher: &mut (dyn Watcher + Send),
+        stop: impl Future<Output = ()> + Send,
+    ) -> Result<Staged> {
+        let cancel = Cancel::new()?;
+        let mut stream = session.client.open(&Request::Archive(ArchiveRequest {
+            path: b"/".to_vec().into(),
+            follow: false,
+            complete: Some(true),
+            hold: Some(options.pause),
+        }))?;
+        let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let writing = tokio::task::spawn_blocking({
+            let (engine, image, cancel) = (self.clone(), image.clone(), cancel.clone());
+            let source = format!("committed from sandbox `{}`", session.name());
+            move || {
+                let mut pieces = PieceReader::new(pieces);
+                engine
+                    .assets()
+                    .stage_image(&mut pieces, &image, &source, &cancel)
+            }
+        });
+        let (mut writing, mut stop) = (pin!(writing), pin!(stop));
+        let mut written = None;
+        let mut sender = Some(sender);
+        let mut bytes = 0_u64;
+        let received = loop {
+            let heard = tokio::select! {
+                heard = stream.next() => heard,
+                () = &mut stop => break Err(cancelled(session)),
+            };
+            match heard {
+                Ok(Heard::Data(Channel::Output, piece)) => {
+                    if bytes == 0 && piece.get(TYPE_AT) != Some(&GLOBAL) {
+                        break Err(too_old(session));
+                    }
+                    bytes += piece.len() as u64;
+                    report(
+                        watcher,
+                        image,
+                        "reading the root file system",
+                        Some((bytes, expected)),
+                    );
+                    let Some(queue) = &sender else { continue };
+                    if queue.send(piece).await.is_err() {
+                        // The archive's end was seen already, or writing failed; of the latter there
+                        // is nothing to wait for.
+                        sender = None;
+                        let ended = writing.as_mut().await;
+                        let failed = !matches!(&ended, Ok(Ok(_)));
+                        written = Some(ended);
+                        if failed {
+                            break Ok(());
+                        }
+                    }
+                }
+                Ok(Heard::Event(Event::Done)) => break Ok(()),
+                Ok(Heard::Event(other)) => break Err(session.confused(&other)),
+                Ok(Heard::Data(..)) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        // Gives the guest's commands free, if they stand still.
+        drop(stream);
+        match &received {
+            // A stream that broke off is told apart from one that ended by a last word on the queue.
+            Ok(()) => {
+                if let Some(queue) = &sender {
+                    // Nobody takes it if the archive's end was seen.
+                    let _ = queue.send(Vec::new()).await;
+                }
+                report(watcher, image, "writing the image", None);
+            }
+            Err(_) => cancel.cancel(),
+        }
+        drop(sender);
+        let written = match written {
+            Some(written) => written,
+            None => tokio::select! {
+                written = &mut writing => written,
+                () = &mut stop, if received.is_ok() => {
+                    cancel.cancel();
+                    writing.await
+                }
+            },
+        };
+        let written = written
+            .map_err(|panic| Error::new(ErrorKind::Internal, "writing failed").because(panic))?;
+        received?;
+        written
+    }
+}
+
+fn report(
+    watcher: &mut (dyn Watcher + Send),
+    image: &ImageName,
+    phase: &str,
+    part: Option<(u64, u64)>,
+) {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a bar does not show the difference"
+    )]
+    let fraction = part.map(|(done, whole)| (done as f64 / whole.max(1) as f64).min(1.0));
+    watcher.progress(&Progress {
+        task: format!("image {image}"),
+        phase: phase.to_owned(),
+        fraction,
+    });
+}
+
+fn cancelled(session: &Session) -> Error {
+    Error::new(
+        ErrorKind::Cancelled,
+        format!("committing sandbox `{}` was cancelled", session.name()),
+    )
+}
+
+fn too_old(session: &Session) -> Error {
+    let name = session.name();
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("sandbox `{name}` was started by an older smolvm, whose agent cannot give all of its root"),
+    )
+    .hint(format!(
+        "start it anew, with `smolvm stop {name}` and `smolvm start {name}`, then commit it"
+    ))
+}
