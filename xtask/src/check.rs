@@ -91,6 +91,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .map(|()| Verdict::Passed)
         });
     }
+    if !args.fast {
+        // Once for each version of the source; the tests would build it themselves, in silence.
+        step("small kernel for the tests", &mut || {
+            run::succeed(
+                Command::new(run::program("debug", "smolvm"))
+                    .arg("--data-dir")
+                    .arg(run::data_dir())
+                    .args(["kernel", "build"]),
+            )
+            .map(|()| Verdict::Passed)
+        });
+    }
     let mut tests = Tests::default();
     step("tests", &mut || {
         tests.run(&runner, args.fast).map(|()| Verdict::Passed)

@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use smolvm_engine::AccelChoice;
 
 use crate::commands::{
-    bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, list,
-    logs, pause, pool, prune, run, setup, shell, snapshot, start, stop,
+    bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
+    list, logs, pause, pool, prune, run, setup, shell, snapshot, start, stop,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -121,6 +121,9 @@ pub(crate) enum Command {
     /// Images sandboxes are made from
     #[command(after_help = "Example:\n  smolvm image list")]
     Image(Image),
+    /// Kernels guests boot
+    #[command(after_help = "Example:\n  smolvm kernel build")]
+    Kernel(Kernel),
     /// Check whether this host can run sandboxes
     Doctor(doctor::Args),
     /// Prepare this host: programs, kernel, image
@@ -259,6 +262,26 @@ pub(crate) enum ImageCommand {
     /// Remove an image that no sandbox needs
     #[command(alias = "rm")]
     Delete(image::DeleteArgs),
+}
+
+/// `smolvm kernel`.
+#[derive(Debug, Args)]
+pub(crate) struct Kernel {
+    #[command(subcommand)]
+    pub(crate) command: Option<KernelCommand>,
+}
+
+/// The verbs of `smolvm kernel`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelCommand {
+    /// Compile a small kernel from the distribution's source
+    Build(kernel::BuildArgs),
+    /// List the kernels on this host
+    #[command(alias = "list")]
+    Ls(kernel::ListArgs),
+    /// Remove kernels that no sandbox boots
+    #[command(alias = "delete")]
+    Rm(kernel::RemoveArgs),
 }
 
 /// `smolvm bench`.

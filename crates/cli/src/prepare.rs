@@ -1,8 +1,6 @@
 //! Making sure that the kernel and an image are there, before a sandbox needs them.
 
-use std::path::PathBuf;
-
-use smolvm_engine::{Cancel, Engine, ErrorKind};
+use smolvm_engine::{Cancel, Engine, ErrorKind, KernelChoice};
 
 use crate::commands::Context;
 use crate::output;
@@ -67,19 +65,19 @@ pub(crate) async fn image(
     engine: &Engine,
     signals: &mut Signals,
     image: &str,
-    kernel: Option<PathBuf>,
+    kernel: &KernelChoice,
 ) -> Result<Timed, CliError> {
-    let missing = engine.missing_assets(image, kernel.is_some())?;
-    if missing.is_empty() && kernel.is_none() {
+    let missing = engine.missing_assets(image, kernel)?;
+    if missing.is_empty() && !matches!(kernel, KernelChoice::File(_)) {
         return Ok(Timed::new());
     }
     if !missing.is_empty() {
         cx.out
             .status(&format!("preparing {}, once", missing.join(" and ")));
     }
-    let (engine, image) = (engine.clone(), image.to_owned());
+    let (engine, image, kernel) = (engine.clone(), image.to_owned(), kernel.clone());
     long(cx, signals, move |meter, cancel| {
-        engine.prepare(&image, kernel.as_deref(), meter, cancel)
+        engine.prepare(&image, &kernel, meter, cancel)
     })
     .await
 }

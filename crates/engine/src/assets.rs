@@ -202,9 +202,15 @@ impl Assets<'_> {
     }
 
     /// Waits until no other process makes the same kind of asset.
-    fn turn(&self, what: &str, watcher: &mut dyn Watcher) -> Result<smolvm_host::os::Lock> {
+    pub(crate) fn turn(
+        &self,
+        what: &str,
+        watcher: &mut dyn Watcher,
+    ) -> Result<smolvm_host::os::Lock> {
         let (dir, name) = match what {
             "kernel" => (self.layout.kernels(), "lock"),
+            // Takes minutes, for which nobody else should wait.
+            "kernel build" => (self.layout.kernels(), "build.lock"),
             _ => (self.layout.images(), "lock"),
         };
         self.os.create_dir_all("make the directory", &dir)?;
@@ -252,12 +258,17 @@ pub(crate) fn stamp(what: &str, path: &Path) -> Result<u64> {
     Ok(hasher.finish())
 }
 
-fn report(watcher: &mut dyn Watcher, task: &str, progress: smolvm_host::progress::Progress) {
+pub(crate) fn report(
+    watcher: &mut dyn Watcher,
+    task: &str,
+    progress: smolvm_host::progress::Progress,
+) {
     let phase = match progress.phase {
         Phase::Update => "fetching the package lists",
         Phase::Download => "downloading packages",
         Phase::Unpack => "unpacking",
         Phase::Configure => "configuring",
+        Phase::Compile => "compiling",
         Phase::Write => "writing",
     };
     watcher.progress(&Progress {

@@ -2,7 +2,7 @@
 
 use crate::engine::Engine;
 use crate::facts;
-use crate::spec::DEFAULT_IMAGE;
+use crate::spec::{DEFAULT_IMAGE, KernelChoice};
 use crate::store::{OTHER_DIRECTORY, Store};
 
 /// One check of this host.
@@ -152,7 +152,7 @@ impl Engine {
                 );
             }
         }
-        match self.missing_assets(DEFAULT_IMAGE, false) {
+        match self.missing_assets(DEFAULT_IMAGE, &KernelChoice::Auto) {
             Ok(missing) if missing.is_empty() => {
                 report.add(
                     "image",

@@ -18,13 +18,14 @@ use crate::assets::{Assets, STOCK_KERNEL, Watcher, unknown_image};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
+use crate::kernels;
 use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
 use crate::names;
 use crate::plan::{self, HostFacts, Layer};
 use crate::session::Session;
 use crate::snapshots::Saved;
-use crate::spec::{DiskMode, SandboxName, SandboxSpec};
+use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
 use crate::store::{OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
@@ -56,6 +57,8 @@ pub struct SandboxInfo {
     pub reason: Option<String>,
     /// Image of its root file system.
     pub image: String,
+    /// Key of the kernel it boots.
+    pub kernel: String,
     /// Virtual CPUs.
     pub cpus: u8,
     /// Guest memory in MiB.
@@ -318,6 +321,7 @@ impl Engine {
             state: row.state,
             reason: row.reason,
             image: row.spec.image,
+            kernel: row.kernel,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,
             disk_mib: row.spec.disk_mib,
@@ -340,15 +344,18 @@ impl Engine {
 
     // ---- what is needed ----
 
-    /// What `image` still needs before a sandbox can start from it; empty if nothing. With a kernel
-    /// file of the caller's the distribution's is not needed.
+    /// What `image` still needs before a sandbox can start from it with this kernel; empty if
+    /// nothing.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`] for an image that is not there and cannot be made.
-    pub fn missing_assets(&self, image: &str, own_kernel: bool) -> Result<Vec<String>> {
+    /// [`ErrorKind::NotFound`] for an image or a small kernel that is not there and is not made by
+    /// the way.
+    pub fn missing_assets(&self, image: &str, kernel: &KernelChoice) -> Result<Vec<String>> {
         let mut missing = Vec::new();
-        if !own_kernel && self.assets().kernel(STOCK_KERNEL)?.is_none() {
+        let chosen = self.assets().choose_kernel(kernel)?;
+        if chosen.as_deref() == Some(STOCK_KERNEL) && self.assets().kernel(STOCK_KERNEL)?.is_none()
+        {
             missing.push("kernel".to_owned());
         }
         if self.images()?.iter().all(|known| known.name != image) {
@@ -360,8 +367,8 @@ impl Engine {
         Ok(missing)
     }
 
-    /// Downloads or builds what `image` still needs. `kernel` is a kernel file to use in place of
-    /// the distribution's. Long; run it on a thread that may block.
+    /// Downloads or builds what `image` still needs to start with this kernel. Long; run it on a
+    /// thread that may block.
     ///
     /// # Errors
     ///
@@ -371,7 +378,7 @@ impl Engine {
     pub fn prepare(
         &self,
         image: &str,
-        kernel: Option<&Path>,
+        kernel: &KernelChoice,
         watcher: &mut dyn Watcher,
         cancel: &Cancel,
     ) -> Result<()> {
@@ -379,11 +386,12 @@ impl Engine {
         if image != crate::spec::DEFAULT_IMAGE && store.image(image)?.is_none() {
             return Err(unknown_image(image));
         }
-        match kernel {
-            Some(file) => {
+        match (kernel, self.assets().choose_kernel(kernel)?) {
+            (KernelChoice::File(file), _) => {
                 self.assets().import_kernel(file)?;
             }
-            None => self.assets().make_kernel(watcher, cancel)?,
+            (_, Some(key)) if key != STOCK_KERNEL => {}
+            _ => self.assets().make_kernel(watcher, cancel)?,
         }
         self.assets()
             .make_image(&mut store, image, watcher, cancel)?;
@@ -438,9 +446,19 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::NotFound`] for an unknown
-    /// image, [`ErrorKind::InvalidInput`]. Nothing remains after an error.
+    /// image or a kernel that was not built, [`ErrorKind::InvalidInput`]. Nothing remains after an
+    /// error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
+        let kernel = match (&spec.kernel, self.assets().choose_kernel(&spec.kernel)?) {
+            (KernelChoice::File(file), _) => self.assets().import_kernel(file)?,
+            (_, key) => key.unwrap_or_else(|| STOCK_KERNEL.to_owned()),
+        };
+        self.create_with(spec, &kernel)
+    }
+
+    /// The same with the kernel of this key.
+    pub(crate) fn create_with(&self, spec: &SandboxSpec, kernel: &str) -> Result<SandboxInfo> {
         let mut store = self.store()?;
         let image = store.image(&spec.image)?.ok_or_else(|| {
             if spec.image == crate::spec::DEFAULT_IMAGE {
@@ -453,21 +471,14 @@ impl Engine {
                 unknown_image(&spec.image)
             }
         })?;
-        let kernel = match &spec.kernel {
-            Some(file) => self.assets().import_kernel(file)?,
-            None => self.default_kernel()?,
-        };
-        let row = self.insert(&mut store, spec, image.digest, kernel, None)?;
+        let row = self.insert(&mut store, spec, image.digest, kernel.to_owned(), None)?;
         Ok(self.describe(row))
     }
 
     /// Directory name of the kernel of a sandbox that asks for none.
-    #[expect(
-        clippy::unnecessary_wraps,
-        reason = "looking for a smaller one can fail"
-    )]
     pub(crate) fn default_kernel(&self) -> Result<String> {
-        Ok(STOCK_KERNEL.to_owned())
+        let chosen = self.assets().choose_kernel(&KernelChoice::Auto)?;
+        Ok(chosen.unwrap_or_else(|| STOCK_KERNEL.to_owned()))
     }
 
     /// Writes the row of a new sandbox and makes its directory.
@@ -523,9 +534,14 @@ impl Engine {
             "make the sandbox's directory",
             self.layout().sandbox(&row.id).path(),
         );
+        // Looked for now that the row is there: a kernel that is used is not removed.
+        let made = made.map_err(Error::from).and_then(|()| {
+            self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
+            Ok(())
+        });
         if let Err(error) = made {
             teardown::destroy(self.os(), self.layout(), store, &row.id)?;
-            return Err(error.into());
+            return Err(error);
         }
         Ok(row)
     }
@@ -732,13 +748,7 @@ impl Engine {
         } else {
             Accel::Emulation
         };
-        let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::MissingDependency,
-                "the guest kernel is not there",
-            )
-            .hint("get it with `smolvm setup`")
-        })?;
+        let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
         Ok(HostFacts {
             qemu,
             accel,
@@ -747,6 +757,7 @@ impl Engine {
                 Accel::Emulation => Some(facts::tsc_khz(store)?),
             },
             vmlinux: kernel.vmlinux(),
+            devices: kernels::devices(&kernel),
             initramfs: self.assets().initramfs(&kernel, &self.config().agent)?,
             boot_timeout: self.config().boot_timeout,
         })
@@ -991,11 +1002,19 @@ async fn wait_for_end(row: &SandboxRow) -> Result<()> {
 }
 
 /// Waits until one of the descriptors is ready; says whether one was before the time was up.
-fn wait_for_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool> {
+pub(crate) fn wait_for_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool> {
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     rustix::io::retry_on_intr(|| poll(fds, limit.as_ref()))
         .map(|ready| ready > 0)
         .map_err(|error| io("could not wait for a sandbox's processes", error.into()))
+}
+
+fn no_kernel() -> Error {
+    Error::new(
+        ErrorKind::MissingDependency,
+        "the guest kernel is not there",
+    )
+    .hint("get it with `smolvm setup`")
 }
 
 pub(crate) fn unknown_sandbox(name: &str) -> Error {

@@ -5,7 +5,7 @@
 //! state.db                         the store
 //! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
 //! images/.making-*, .removed-*     images on their way in and out
-//! kernels/<release>/               vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
+//! kernels/<key>/                   vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
 //! pools/                           <id>.json, <id>.lock, <id>.log

@@ -38,6 +38,7 @@ mod exec;
 mod facts;
 mod files;
 mod images;
+mod kernels;
 pub mod launch;
 pub mod layout;
 mod names;
@@ -60,13 +61,14 @@ pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize}
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};
+pub use kernels::{BuiltKernel, KernelInfo};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use smolvm_host::cancel::Cancel;
 pub use snapshots::{FORK_CHILDREN_MAX, Fork, Forked, SnapshotInfo};
 pub use spec::{
     CPUS_DEFAULT, CPUS_MAX, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DISK_MIB_MAX, DISK_MIB_MIN, DiskMode,
-    MEMORY_MIB_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_CHARS_MAX, SandboxName, SandboxSpec,
-    check_env,
+    KernelChoice, MEMORY_MIB_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_CHARS_MAX, SandboxName,
+    SandboxSpec, check_env,
 };
 pub use store::State;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use smolvm_host::ProcessIdentity;
-use smolvm_vmm::{Accel, DiskPlan, Memory, VmPlan};
+use smolvm_vmm::{Accel, Devices, DiskPlan, Memory, VmPlan};
 
 use crate::launch::Launch;
 use crate::layout::Layout;
@@ -23,6 +23,8 @@ pub(crate) struct HostFacts {
     pub(crate) tsc_khz: Option<u64>,
     /// The kernel.
     pub(crate) vmlinux: PathBuf,
+    /// How the kernel finds the machine's devices.
+    pub(crate) devices: Devices,
     /// The initial RAM file system.
     pub(crate) initramfs: PathBuf,
     /// Most time from start to ready.
@@ -87,6 +89,7 @@ pub(crate) fn plan(
             memory_mib: row.spec.memory_mib,
             memory: Memory::Anonymous,
             kernel: facts.vmlinux.clone(),
+            devices: facts.devices,
             initrd: facts.initramfs.clone(),
             cmdline: format!("smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"),
             disks,
@@ -124,6 +127,7 @@ mod tests {
             accel: Accel::Emulation,
             tsc_khz: Some(2_445_425),
             vmlinux: "/d/kernels/stock/vmlinux".into(),
+            devices: Devices::Acpi,
             initramfs: "/d/kernels/stock/initramfs.cpio".into(),
             boot_timeout: Duration::from_secs(60),
         }

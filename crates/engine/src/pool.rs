@@ -20,7 +20,7 @@ use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::launch::WarmCommand;
 use crate::session::Session;
-use crate::spec::{DiskMode, SandboxSpec};
+use crate::spec::{DiskMode, KernelChoice, SandboxSpec};
 use crate::store::{PoolRow, SandboxRow, State, Store};
 
 /// Most members of a pool.
@@ -67,7 +67,7 @@ pub struct PoolInfo {
 
 impl PoolSpec {
     fn matches(&self, spec: &SandboxSpec) -> bool {
-        spec.kernel.is_none()
+        spec.kernel == KernelChoice::Auto
             && (&*self.image, self.cpus, self.memory_mib)
                 == (&*spec.image, spec.cpus, spec.memory_mib)
             && (self.disk_mib, self.disk_mode) == (spec.disk_mib, spec.disk_mode)
@@ -174,7 +174,10 @@ impl Engine {
             return Ok(None);
         };
         let mut members = store.members(&pool.id)?;
-        members.retain(|row| row.state == State::Paused && row.image_digest == image.digest);
+        let kernel = self.default_kernel()?;
+        members.retain(|row| {
+            row.state == State::Paused && row.image_digest == image.digest && row.kernel == kernel
+        });
         // Not all from the same end, so that claims at one moment rarely meet.
         let first = usize::try_from(random_u64()?).unwrap_or(0) % members.len().max(1);
         members.rotate_left(first);
@@ -381,7 +384,8 @@ impl Engine {
             let image = store
                 .image(&pool.image)?
                 .ok_or_else(|| unknown_image(&pool.image))?;
-            let stale = |row: &SandboxRow| row.image_digest != image.digest;
+            let kernel = self.default_kernel()?;
+            let stale = |row: &SandboxRow| row.image_digest != image.digest || row.kernel != kernel;
             self.remove_members(&mut store, id, stale).await?;
             let members = store.members(id)?;
             let size = usize::try_from(pool.size).unwrap_or(usize::MAX);
@@ -393,7 +397,9 @@ impl Engine {
                 return Ok(());
             }
             ready(u32::try_from(members.len()).unwrap_or(u32::MAX));
-            let made = self.make_member(&mut store, &pool, image.digest).await;
+            let made = self
+                .make_member(&mut store, &pool, image.digest, kernel)
+                .await;
             let failure = made.as_ref().err().map(Error::in_one_line);
             if failure != pool.failure {
                 store.set_pool_failure(id, failure.as_deref())?;
@@ -402,9 +408,14 @@ impl Engine {
         }
     }
 
-    async fn make_member(&self, store: &mut Store, pool: &PoolRow, digest: String) -> Result<()> {
+    async fn make_member(
+        &self,
+        store: &mut Store,
+        pool: &PoolRow,
+        digest: String,
+        kernel: String,
+    ) -> Result<()> {
         let spec = PoolSpec::of(pool).sandbox()?;
-        let kernel = self.default_kernel()?;
         let row = self.insert(store, &spec, digest, kernel, Some(pool.id.clone()))?;
         let beginning = Beginning {
             snapshot: None,
@@ -529,7 +540,7 @@ mod tests {
             |spec| spec.memory_mib = 256,
             |spec| spec.disk_mib = 64,
             |spec| spec.disk_mode = DiskMode::Memory,
-            |spec| spec.kernel = Some("/vmlinux".into()),
+            |spec| spec.kernel = KernelChoice::Stock,
         ];
         for change in others {
             let mut other = spec.clone();

@@ -131,6 +131,23 @@ impl FromStr for DiskMode {
     }
 }
 
+/// Which kernel a sandbox boots.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum KernelChoice {
+    /// The small one that was built last, one with more in it if there is no other, and the
+    /// distribution's if there is none.
+    #[default]
+    Auto,
+    /// The distribution's.
+    Stock,
+    /// The small one that was built last.
+    Small,
+    /// The small one with what container engines need.
+    Docker,
+    /// This file, a `vmlinux` or `bzImage`.
+    File(PathBuf),
+}
+
 /// A sandbox to create. [`SandboxSpec::check`] says whether it can be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxSpec {
@@ -156,8 +173,8 @@ pub struct SandboxSpec {
     pub ttl: Option<Duration>,
     /// Whether the sandbox is destroyed as soon as it stops, for whatever reason.
     pub ephemeral: bool,
-    /// A kernel file (`vmlinux` or `bzImage`) to use in place of the distribution's.
-    pub kernel: Option<PathBuf>,
+    /// Which kernel it boots. Settled when it is created.
+    pub kernel: KernelChoice,
 }
 
 impl SandboxSpec {
@@ -176,7 +193,7 @@ impl SandboxSpec {
             user: None,
             ttl: None,
             ephemeral: false,
-            kernel: None,
+            kernel: KernelChoice::Auto,
         }
     }
 

@@ -96,6 +96,11 @@ impl<'a> Apt<'a> {
         }
     }
 
+    /// Whether our own lists are in use already.
+    pub(crate) fn is_private(&self) -> bool {
+        self.private.is_some()
+    }
+
     fn tool(&self, program: &str) -> Result<Tool, HostError> {
         let mut tool = self
             .programs

@@ -55,8 +55,9 @@ impl Cancel {
         self.inner.cancelled.load(Ordering::Acquire)
     }
 
-    /// Readable once cancelled; never read from, so it stays readable.
-    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+    /// Readable once cancelled; never to be read from, so that it stays readable.
+    #[must_use]
+    pub fn event(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }
 

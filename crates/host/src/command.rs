@@ -87,6 +87,12 @@ impl Tool {
         self
     }
 
+    /// Keeps our environment from a program whose result would depend on it. `LC_ALL` stays.
+    pub(crate) fn without_environment(mut self) -> Self {
+        self.command.env_clear().env("LC_ALL", "C");
+        self
+    }
+
     pub(crate) fn current_dir(mut self, dir: &Path) -> Self {
         self.command.current_dir(dir);
         self

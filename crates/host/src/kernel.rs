@@ -3,6 +3,7 @@
 mod bzimage;
 mod compressed;
 mod modules;
+pub mod small;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
@@ -47,6 +48,20 @@ pub struct KernelManifest {
     pub digest: String,
     /// File names below `modules`, in the order in which they are to be loaded.
     pub modules: Vec<String>,
+    /// How it finds a machine's devices. Absent in what was written before there was a choice.
+    #[serde(default)]
+    pub devices: Devices,
+}
+
+/// How a kernel finds a machine's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Devices {
+    /// In ACPI tables.
+    #[default]
+    Acpi,
+    /// On its command line.
+    CommandLine,
 }
 
 /// A kernel on the disk: a directory with `vmlinux`, `modules/` and `kernel.json`.
@@ -152,7 +167,8 @@ pub fn fetch_kernel(
     meter.at(Phase::Write, 0, 1);
     os.remove_tree("remove the download", &downloads)?;
     let modules = order.iter().map(|name| format!("{name}.ko")).collect();
-    let kernel = write(os, staging, dest, &vmlinux, source, modules)?;
+    let manifest = manifest(&vmlinux, source, modules, Devices::Acpi);
+    let kernel = write(os, staging, dest, &vmlinux, manifest)?.publish()?;
     meter.at(Phase::Write, 1, 1);
     Ok(kernel)
 }
@@ -175,7 +191,8 @@ pub fn import_kernel(os: &Os, file: &Path, dest: &Path) -> Result<Kernel, HostEr
         &staging.dir().join("modules"),
     )?;
     let source = file.display().to_string();
-    write(os, staging, dest, &vmlinux, source, Vec::new())
+    let manifest = manifest(&vmlinux, source, Vec::new(), Devices::Acpi);
+    write(os, staging, dest, &vmlinux, manifest)?.publish()
 }
 
 /// Finds the current kernel's package and downloads it into `dir`.
@@ -187,6 +204,7 @@ fn download(
     meter: &mut Meter<'_>,
 ) -> Result<PathBuf, HostError> {
     let mut apt = Apt::new(programs, cancel);
+    let current = |apt: &Apt<'_>| dependency(apt, CLOUD_KERNEL, "linux-image-");
     let attempt = |apt: &Apt<'_>, meter: &mut Meter<'_>| match current(apt)? {
         Some(package) => apt.download(&package, dir, meter).map(Some),
         None => Ok(None),
@@ -210,9 +228,10 @@ fn download(
     })
 }
 
-/// The package behind [`CLOUD_KERNEL`], `linux-image-<release>-cloud-amd64`.
-fn current(apt: &Apt<'_>) -> Result<Option<String>, HostError> {
-    let Some(paragraph) = apt.show(CLOUD_KERNEL)? else {
+/// The package that `package`, which has none but a current version's name in it, stands for: the
+/// first it depends on whose name begins with `prefix`.
+fn dependency(apt: &Apt<'_>, package: &str, prefix: &str) -> Result<Option<String>, HostError> {
+    let Some(paragraph) = apt.show(package)? else {
         return Ok(None);
     };
     Ok(apt::field(&paragraph, "Depends")
@@ -220,7 +239,7 @@ fn current(apt: &Apt<'_>) -> Result<Option<String>, HostError> {
             depends
                 .split([',', '|'])
                 .filter_map(|d| d.split_ascii_whitespace().next())
-                .find(|name| name.starts_with("linux-image-"))
+                .find(|name| name.starts_with(prefix))
         })
         .map(str::to_owned))
 }
@@ -320,21 +339,61 @@ fn each_file(
     archive.into_inner().finish()
 }
 
-/// Writes the kernel and its description, and puts the directory in place.
-fn write(
-    os: &Os,
-    staging: Staging<'_>,
-    dest: &Path,
+fn manifest(
     vmlinux: &bzimage::Vmlinux,
     source: String,
     modules: Vec<String>,
-) -> Result<Kernel, HostError> {
-    let manifest = KernelManifest {
+    devices: Devices,
+) -> KernelManifest {
+    KernelManifest {
         release: vmlinux.release.clone(),
         source,
         digest: digest(&Sha256::digest(&vmlinux.elf)),
         modules,
-    };
+        devices,
+    }
+}
+
+/// A whole kernel that does not have its place yet. Dropped, it is gone.
+#[derive(Debug)]
+pub struct Unpublished<'a> {
+    staging: Staging<'a>,
+    dest: PathBuf,
+    manifest: KernelManifest,
+}
+
+impl Unpublished<'_> {
+    /// The kernel, where it lies for now.
+    #[must_use]
+    pub fn kernel(&self) -> Kernel {
+        Kernel {
+            dir: self.staging.dir().to_owned(),
+            manifest: self.manifest.clone(),
+        }
+    }
+
+    /// Gives it its place, in one step.
+    ///
+    /// # Errors
+    ///
+    /// Those of rename(2).
+    pub fn publish(self) -> Result<Kernel, HostError> {
+        self.staging.publish()?;
+        Ok(Kernel {
+            dir: self.dest,
+            manifest: self.manifest,
+        })
+    }
+}
+
+/// Writes the kernel and its description.
+fn write<'a>(
+    os: &Os,
+    staging: Staging<'a>,
+    dest: &Path,
+    vmlinux: &bzimage::Vmlinux,
+    manifest: KernelManifest,
+) -> Result<Unpublished<'a>, HostError> {
     let path = staging.dir().join("vmlinux");
     os.write_file_atomic(
         "write the kernel",
@@ -354,9 +413,9 @@ fn write(
         0o600,
         Durability::Synced,
     )?;
-    staging.publish()?;
-    Ok(Kernel {
-        dir: dest.to_owned(),
+    Ok(Unpublished {
+        staging,
+        dest: dest.to_owned(),
         manifest,
     })
 }

@@ -65,6 +65,28 @@ pub const PROGRAMS: &[Program] = &[
     },
 ];
 
+/// What compiling a guest kernel needs beside [`PROGRAMS`].
+pub const KERNEL_PROGRAMS: &[Program] = &[
+    kernel_program("make", "make"),
+    kernel_program("gcc", "gcc"),
+    kernel_program("ld", "binutils"),
+    kernel_program("flex", "flex"),
+    kernel_program("bison", "bison"),
+    kernel_program("bc", "bc"),
+];
+
+/// A header of the C library, which the kernel's own tools are compiled with.
+const LIBC_HEADER: &str = "/usr/include/stdio.h";
+
+const fn kernel_program(name: &'static str, package: &'static str) -> Program {
+    Program {
+        name,
+        package,
+        why: "compile a guest kernel",
+        ordinary_users_only: false,
+    }
+}
+
 /// Where distributions put programs. An ordinary user's `PATH` lacks the first two, while mke2fs and
 /// others live there.
 pub const SYSTEM_DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -133,11 +155,39 @@ impl Programs {
             .collect()
     }
 
+    /// What compiling a guest kernel needs and is not there.
+    #[must_use]
+    pub fn missing_for_kernel(&self) -> Vec<Missing> {
+        let header = kernel_program(LIBC_HEADER, "libc6-dev");
+        let fetching = PROGRAMS
+            .iter()
+            .filter(|p| ["apt-get", "apt-cache", "dpkg-deb"].contains(&p.name));
+        fetching
+            .chain(KERNEL_PROGRAMS)
+            .filter(|p| self.find(p.name).is_err())
+            .chain((!Path::new(LIBC_HEADER).exists()).then_some(&header))
+            .map(|p| Missing {
+                program: p.name,
+                package: p.package,
+                why: p.why,
+            })
+            .collect()
+    }
+
     /// A program with its own `PATH` set to these directories.
     pub(crate) fn tool(&self, name: &str) -> Result<Tool, HostError> {
         let path = std::env::join_paths(&self.dirs)
             .map_err(|e| HostError::new(HostErrorKind::Other, "use", "the PATH").because(e))?;
         Ok(Tool::new(&self.find(name)?).env("PATH", path))
+    }
+
+    /// The same with nothing else of our environment.
+    pub(crate) fn tool_without_environment(&self, name: &str) -> Result<Tool, HostError> {
+        let path = std::env::join_paths(&self.dirs)
+            .map_err(|e| HostError::new(HostErrorKind::Other, "use", "the PATH").because(e))?;
+        Ok(Tool::new(&self.find(name)?)
+            .without_environment()
+            .env("PATH", path))
     }
 
     /// Installs Debian packages with apt-get, asking nothing. For root only. Fetches the lists of
@@ -174,7 +224,8 @@ pub(crate) fn missing_program(path: &Path) -> HostError {
         path.display().to_string(),
     )
     .because("the program is not installed");
-    match PROGRAMS.iter().find(|p| p.name == name) {
+    let known = PROGRAMS.iter().chain(KERNEL_PROGRAMS);
+    match known.into_iter().find(|p| p.name == name) {
         Some(p) => error.hinting(format!(
             "Install the package {} (as root: apt-get install {}); it is needed to {}.",
             p.package, p.package, p.why

@@ -9,8 +9,10 @@ pub enum Phase {
     Download,
     /// Unpacking packages.
     Unpack,
-    /// Running the packages' own set-up.
+    /// Running the packages' own set-up, or choosing what is to be compiled.
     Configure,
+    /// Compiling.
+    Compile,
     /// Writing the result.
     Write,
 }

@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{ImageRow, Store};
 use smolvm_engine::{
-    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, PoolSpec, Result, SandboxSpec,
-    Session, State,
+    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, KernelChoice, PoolSpec, Result,
+    SandboxSpec, Session, State,
 };
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Faults, Os};
 use smolvm_host::packages::SYSTEM_DIRS;
+use smolvm_vmm::Devices;
 
 /// A data directory with an image and a kernel that only the fake could boot.
 struct Home {
@@ -618,4 +620,105 @@ async fn ended(process: &ProcessIdentity) {
         poll(&mut fds, Some(&limit)).expect("a wait")
     });
     assert_eq!(ready.await.expect("a thread"), 1, "it ends in time");
+}
+
+/// Puts a kernel there as a build would.
+fn add_kernel(home: &Home, key: &str) {
+    let dir = home.layout().kernels().join(key);
+    std::fs::create_dir_all(&dir).expect("a directory");
+    std::fs::write(dir.join("vmlinux"), "").expect("a kernel");
+    std::fs::write(
+        dir.join("kernel.json"),
+        r#"{"release": "2", "source": "a test", "digest": "sha256:0", "modules": [],
+            "devices": "command-line"}"#,
+    )
+    .expect("a description");
+}
+
+#[tokio::test]
+async fn a_small_kernel_is_used_once_it_is_there() {
+    let home = Home::new();
+    let engine = home.engine();
+    let kernel_of = |name: &str, choice: KernelChoice| {
+        let mut spec = spec(name);
+        spec.kernel = choice;
+        engine.create(&spec).map(|sandbox| sandbox.kernel)
+    };
+    assert_eq!(kernel_of("before", KernelChoice::Auto).expect("a"), "stock");
+    let error = kernel_of("none", KernelChoice::Small).expect_err("there is none");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+
+    add_kernel(&home, "docker-6.1-0");
+    assert_eq!(
+        kernel_of("a", KernelChoice::Auto).expect("a"),
+        "docker-6.1-0"
+    );
+    // Half made, and no kernel.
+    add_kernel(&home, ".small-6.2-0.partial");
+    add_kernel(&home, "small-6.1-0");
+    assert_eq!(
+        kernel_of("b", KernelChoice::Auto).expect("b"),
+        "small-6.1-0"
+    );
+    assert_eq!(
+        kernel_of("c", KernelChoice::Docker).expect("c"),
+        "docker-6.1-0"
+    );
+    assert_eq!(kernel_of("d", KernelChoice::Stock).expect("d"), "stock");
+    let kernels = engine.kernels().expect("a list");
+    let seen: Vec<_> = kernels
+        .iter()
+        .map(|kernel| {
+            (
+                kernel.key.as_str(),
+                kernel.is_default,
+                kernel.used_by.join(" "),
+            )
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("docker-6.1-0", false, "a c".to_owned()),
+            ("small-6.1-0", true, "b".to_owned()),
+            ("stock", false, "before d".to_owned()),
+        ]
+    );
+
+    // What was made before keeps its kernel, and the machine is told how that finds devices.
+    for (name, devices) in [("before", Devices::Acpi), ("b", Devices::CommandLine)] {
+        let id = engine.info(name).expect("a sandbox").id;
+        engine.start(name).await.expect("a start");
+        let file = home.layout().sandbox(&id).launch_file();
+        assert_eq!(Launch::read(&file).expect("a launch").vm.devices, devices);
+    }
+    for name in ["before", "a", "b", "c", "d"] {
+        engine.delete(name).await.expect("a deletion");
+    }
+    home.assert_clean("after the kernels");
+}
+
+#[tokio::test]
+async fn a_kernel_in_use_is_not_removed() {
+    let home = Home::new();
+    let engine = home.engine();
+    add_kernel(&home, "small-6.1-0");
+    engine.create(&spec("user")).expect("a sandbox");
+    let error = engine.remove_kernel("small-6.1-0").expect_err("it is used");
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert_eq!(error.to_string(), "kernel `small-6.1-0` is used by `user`");
+    engine.start("user").await.expect("it is there still");
+    let templates = || std::fs::read_dir(home.layout().templates()).map_or(0, Iterator::count);
+    let with = templates();
+    engine.delete("user").await.expect("a deletion");
+    engine.remove_kernel("small-6.1-0").expect("nobody uses it");
+    assert!(templates() < with, "its template is left");
+    for gone in ["small-6.1-0", ".", "../kernels/stock", ""] {
+        let error = engine.remove_kernel(gone).expect_err("it is not there");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{gone}");
+    }
+    let kernels: Vec<_> = engine.kernels().expect("a list");
+    assert_eq!(kernels.len(), 1);
+    assert!(kernels[0].is_default && kernels[0].key == "stock");
+    home.assert_clean("after the removal");
 }

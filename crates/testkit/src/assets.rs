@@ -85,6 +85,54 @@ impl Assets {
         self.dir.join("kernels/stock/vmlinux")
     }
 
+    /// Key of a small kernel; builds it, which takes minutes, if nobody did before.
+    ///
+    /// # Errors
+    ///
+    /// With all that `smolvm kernel build` had to say, if it cannot be built.
+    pub(crate) fn small_kernel(&self, binaries: &Binaries) -> Result<String> {
+        // Two test programs at once build it once: `smolvm` itself sees to that.
+        if let Some(key) = self.find_small_kernel()? {
+            return Ok(key);
+        }
+        let output = Command::new(binaries.smolvm())
+            .arg("--data-dir")
+            .arg(&self.dir)
+            .args(["kernel", "build"])
+            .stdin(Stdio::null())
+            .output()
+            .context("running `smolvm kernel build`")?;
+        ensure!(
+            output.status.success(),
+            "`smolvm kernel build --data-dir {}` failed ({}):\n{}",
+            self.dir.display(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr),
+        );
+        self.find_small_kernel()?
+            .context("`smolvm kernel build` succeeded, yet there is no small kernel")
+    }
+
+    fn find_small_kernel(&self) -> Result<Option<String>> {
+        let mut newest = None;
+        for dir in entries(&self.dir.join("kernels"))? {
+            let description = dir.join("kernel.json");
+            let key = file_name(&dir)?.to_string_lossy().into_owned();
+            if key.starts_with("small-") && description.is_file() {
+                let built = std::fs::metadata(description)?.modified()?;
+                newest = newest.max(Some((built, key)));
+            }
+        }
+        Ok(newest.map(|(_, key)| key))
+    }
+
+    /// Lets a home have this kernel beside the stock one.
+    pub(crate) fn link_kernel(&self, data: &Path, key: &str) -> Result<()> {
+        let kernels = Path::new("kernels");
+        let of = |dir: &Path| dir.join(kernels).join(key);
+        Ok(symlink(of(&self.dir), of(data))?)
+    }
+
     /// Fills `data`, an empty directory, with a store that knows the images and nothing else, and
     /// with links to the large files. What a sandbox may write to lies in `data` itself.
     pub(crate) fn link_into(&self, data: &Path) -> Result<()> {

@@ -32,6 +32,7 @@ pub struct HomeBuilder {
     machines: usize,
     user: Option<u32>,
     long_path: bool,
+    small_kernel: bool,
 }
 
 impl HomeBuilder {
@@ -47,6 +48,13 @@ impl HomeBuilder {
     #[must_use]
     pub fn long_path(mut self) -> Self {
         self.long_path = true;
+        self
+    }
+
+    /// With a small kernel beside the stock one, which sandboxes get unless they ask for that.
+    #[must_use]
+    pub fn small_kernel(mut self) -> Self {
+        self.small_kernel = true;
         self
     }
 
@@ -81,6 +89,9 @@ impl HomeBuilder {
             give(&base.join("scratch"), user)?;
         } else {
             assets.link_into(&data)?;
+        }
+        if self.small_kernel {
+            assets.link_kernel(&data, &assets.small_kernel(&binaries)?)?;
         }
         Ok(Home {
             base,

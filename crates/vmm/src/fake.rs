@@ -632,7 +632,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    use crate::Accel;
+    use crate::{Accel, Devices};
 
     /// A guest that says back what it hears.
     fn echo(mut guest: FakeGuest) -> GuestEnd {
@@ -654,6 +654,7 @@ mod tests {
             memory_mib: 128,
             memory: Memory::Anonymous,
             kernel: "/dev/null".into(),
+            devices: Devices::default(),
             initrd: "/dev/null".into(),
             cmdline: String::new(),
             disks: Vec::new(),

@@ -50,6 +50,9 @@ pub struct VmPlan {
     pub memory: Memory,
     /// Uncompressed kernel (`vmlinux`, an ELF file with a PVH note).
     pub kernel: PathBuf,
+    /// How that kernel finds the machine's devices.
+    #[serde(default)]
+    pub devices: Devices,
     /// Initial RAM file system.
     pub initrd: PathBuf,
     /// Kernel parameters of the guest's own; the backend adds those the machine needs.
@@ -69,6 +72,19 @@ pub enum Accel {
     Kvm,
     /// Translation in software; many times slower, works anywhere.
     Emulation,
+}
+
+/// How a kernel finds the machine's devices. A machine offers them one way only, so a kernel that
+/// was built for the other one finds none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Devices {
+    /// In ACPI tables, as kernels of distributions do.
+    #[default]
+    Acpi,
+    /// On its command line (`VIRTIO_MMIO_CMDLINE_DEVICES`), where the backend puts them. For kernels
+    /// without PCI, which cannot read the machine's ACPI tables.
+    CommandLine,
 }
 
 /// Where guest memory is held.

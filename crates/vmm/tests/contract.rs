@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use smolvm_vmm::contract::{Guest, Subject, payload};
-use smolvm_vmm::{Accel, Backend, Memory, VmPlan};
+use smolvm_vmm::{Accel, Backend, Devices, Memory, VmPlan};
 
 mod fake {
     use super::*;
@@ -445,6 +445,7 @@ impl Files {
             memory_mib: 64,
             memory: Memory::Anonymous,
             kernel: self.0.path().join(Files::kernel_name(guest)),
+            devices: Devices::default(),
             initrd: self.0.path().join("initrd"),
             cmdline: String::new(),
             disks: Vec::new(),

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use smolvm_engine::{
-    Config, DEFAULT_IMAGE, Engine, ExecEvent, ExecSpec, PoolSpec, SandboxSpec, Session,
+    Config, DEFAULT_IMAGE, Engine, ExecEvent, ExecSpec, KernelChoice, PoolSpec, SandboxSpec,
+    Session,
 };
 
+use super::machine::kernel_choice;
 use super::{Context, Outcome, block_on};
 use crate::prepare;
 use crate::report::CliError;
@@ -29,7 +31,7 @@ const POOL_SIZE: u32 = 2;
 const AT_ONCE: usize = 4;
 
 /// Arguments of `bench lifecycle`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 Example:
   smolvm bench lifecycle -n 10 -o result.json --plot result.svg
@@ -53,6 +55,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WAY", value_enum, value_delimiter = ',')]
     #[arg(default_values_t = Way::ALL)]
     ways: Vec<Way>,
+    /// Kernel: small, docker, stock, or a file [default: small if it was built, else stock]
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<PathBuf>,
     /// Also write the JSON of --json to this file
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -110,13 +115,31 @@ type Life = [f64; METRICS.len()];
 /// Measures.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
+    let kernel = kernel_choice(args.kernel.as_deref())?;
     let (began, clock) = (jiff::Timestamp::now(), Instant::now());
+    let args = &Args {
+        // Members of pools have the kernel that nobody asked for.
+        ways: match kernel {
+            KernelChoice::Auto => args.ways.clone(),
+            _ => args
+                .ways
+                .iter()
+                .copied()
+                .filter(|way| *way != Way::Pool)
+                .collect(),
+        },
+        ..args.clone()
+    };
     let (lives, per_second) = block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &args.image, None).await?;
-        measure(args, cx, &engine, &mut signals).await
+        prepare::image(cx, &engine, &mut signals, &args.image, &kernel).await?;
+        measure(args, cx, &engine, &kernel, &mut signals).await
     })?;
-    let stamp = environment(&engine);
+    let mut stamp = environment(&engine);
+    stamp.insert(
+        "guest_kernel".to_owned(),
+        json!(engine.kernel_key(&kernel)?),
+    );
     let ways: Vec<(Way, Vec<Series>)> = args
         .ways
         .iter()
@@ -160,6 +183,7 @@ async fn measure(
     args: &Args,
     cx: &Context,
     engine: &Engine,
+    kernel: &KernelChoice,
     signals: &mut Signals,
 ) -> Result<(Vec<Vec<Life>>, Option<f64>), CliError> {
     let booting = Engine::new(Config {
@@ -185,6 +209,7 @@ async fn measure(
             for (&way, lives) in args.ways.iter().zip(&mut lives) {
                 let mut spec = SandboxSpec::new(engine.unused_name()?);
                 spec.image.clone_from(&args.image);
+                spec.kernel.clone_from(kernel);
                 let engine = match way {
                     Way::Cold => &booting,
                     Way::Template => engine,
@@ -205,7 +230,7 @@ async fn measure(
                 * AT_ONCE;
             Some(
                 signals
-                    .or_interrupted(throughput(engine, &args.image, lives))
+                    .or_interrupted(throughput(engine, &args.image, kernel, lives))
                     .await?,
             )
         } else {
@@ -339,7 +364,12 @@ async fn short(engine: &Engine, spec: &SandboxSpec) -> Result<[f64; 2], CliError
 }
 
 /// How many short lives end in a second, with some at one time.
-async fn throughput(engine: &Engine, image: &str, lives: usize) -> Result<f64, CliError> {
+async fn throughput(
+    engine: &Engine,
+    image: &str,
+    kernel: &KernelChoice,
+    lives: usize,
+) -> Result<f64, CliError> {
     let begin = Instant::now();
     let mut running = tokio::task::JoinSet::new();
     for number in 0..lives {
@@ -348,6 +378,7 @@ async fn throughput(engine: &Engine, image: &str, lives: usize) -> Result<f64, C
         }
         let mut spec = SandboxSpec::new(format!("bench-{}-{number}", std::process::id()).parse()?);
         image.clone_into(&mut spec.image);
+        spec.kernel.clone_from(kernel);
         spec.ephemeral = true;
         let engine = engine.clone();
         running.spawn(async move { short(&engine, &spec).await.map(|_| ()) });

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let mut spec = args.machine.spec(cx, &engine)?;
     let info = block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &spec.image, spec.kernel.clone()).await?;
+        prepare::image(cx, &engine, &mut signals, &spec.image, &spec.kernel).await?;
         if args.no_start {
             return args.machine.create(&engine, &mut spec);
         }

@@ -46,6 +46,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "status": info.state.as_str(),
             "reason": info.reason,
             "os": info.image,
+            "kernel": info.kernel,
             "backend": info.engine,
             "accel": info.accel,
             "ip_address": null,
@@ -106,6 +107,7 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
     row("State", text(info.state.as_str()));
     row("Reason", info.reason.clone());
     row("Image", text(&info.image));
+    row("Kernel", text(&info.kernel));
     row("CPUs", Some(info.cpus.to_string()));
     let memory = units::show_mib(info.memory_mib);
     row(

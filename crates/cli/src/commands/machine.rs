@@ -1,11 +1,11 @@
 //! The flags that describe a sandbox, shared by `run` and `create`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use smolvm_engine::{
-    CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, MEMORY_MIB_DEFAULT,
-    PoolSpec, SandboxInfo, SandboxSpec, Session,
+    CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, KernelChoice,
+    MEMORY_MIB_DEFAULT, PoolSpec, SandboxInfo, SandboxSpec, Session,
 };
 
 use super::Context;
@@ -88,9 +88,10 @@ pub(crate) struct Machine {
     /// Most time to boot [default: 1m]
     #[arg(long, value_name = "TIME", value_parser = units::limit)]
     pub(crate) boot_timeout: Option<Duration>,
-    /// Kernel to boot (vmlinux or bzImage) [default: that of the distribution]
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: Option<PathBuf>,
+    /// Kernel to boot: small, docker, stock (that of the distribution), or a file (vmlinux or bzImage)
+    /// [default: small if it was built, else stock]
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<PathBuf>,
 }
 
 /// Where changes go; see [`DiskMode`].
@@ -112,14 +113,7 @@ impl Machine {
             Some(name) => name.parse()?,
             None => engine.unused_name()?,
         };
-        let kernel = match &self.kernel {
-            // The keeper has another working directory.
-            Some(kernel) => Some(
-                std::path::absolute(kernel)
-                    .map_err(|error| CliError::io("finding the current directory", error))?,
-            ),
-            None => None,
-        };
+        let kernel = kernel_choice(self.kernel.as_deref())?;
         let spec = SandboxSpec {
             image: self.shape.image.clone(),
             cpus: self.shape.cpus,
@@ -182,6 +176,27 @@ impl Machine {
     fn renames(&self, error: &smolvm_engine::Error) -> bool {
         self.name.is_none() && error.kind() == ErrorKind::AlreadyExists
     }
+}
+
+/// The kernel that is meant by its name or its file. A file of such a name is meant by `./small`.
+///
+/// # Errors
+///
+/// If there is no current directory.
+pub(crate) fn kernel_choice(kernel: Option<&Path>) -> Result<KernelChoice, CliError> {
+    let Some(kernel) = kernel else {
+        return Ok(KernelChoice::Auto);
+    };
+    Ok(match kernel.to_str() {
+        Some("stock") => KernelChoice::Stock,
+        Some("small") => KernelChoice::Small,
+        Some("docker") => KernelChoice::Docker,
+        // The keeper has another working directory.
+        _ => KernelChoice::File(
+            std::path::absolute(kernel)
+                .map_err(|error| CliError::io("finding the current directory", error))?,
+        ),
+    })
 }
 
 /// Reads the environment for a guest: files first, then flags, later ones winning.
@@ -258,6 +273,17 @@ mod tests {
             smolvm_engine::check_env(&env[4].0, &env[4].1).is_err(),
             "is refused later"
         );
+    }
+
+    #[test]
+    fn kernels_are_named_or_files() {
+        let choice = |text: &str| kernel_choice(Some(Path::new(text))).expect("a choice");
+        assert_eq!(kernel_choice(None).expect("a choice"), KernelChoice::Auto);
+        assert_eq!(choice("stock"), KernelChoice::Stock);
+        assert_eq!(choice("small"), KernelChoice::Small);
+        assert_eq!(choice("docker"), KernelChoice::Docker);
+        assert_eq!(choice("/small"), KernelChoice::File("/small".into()));
+        assert!(matches!(choice("./small"), KernelChoice::File(file) if file.is_absolute()));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod info;
 mod join;
+pub(crate) mod kernel;
 pub(crate) mod list;
 pub(crate) mod logs;
 mod machine;
@@ -38,8 +39,8 @@ use serde_json::Value;
 use smolvm_engine::Engine;
 
 use crate::args::{
-    BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, PoolCommand, SandboxCommand,
-    SnapshotCommand,
+    BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, PoolCommand,
+    SandboxCommand, SnapshotCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -189,6 +190,12 @@ fn verb(command: Command) -> (&'static str, Verb) {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
             Some(ImageCommand::Delete(args)) => verb!("image.delete", image::delete, args),
             None => ("image", Verb::Help(&["image"])),
+        },
+        Command::Kernel(group) => match group.command {
+            Some(KernelCommand::Build(args)) => verb!("kernel.build", kernel::build, args),
+            Some(KernelCommand::Ls(args)) => verb!("kernel.ls", kernel::list, args),
+            Some(KernelCommand::Rm(args)) => verb!("kernel.rm", kernel::remove, args),
+            None => ("kernel", Verb::Help(&["kernel"])),
         },
         Command::Doctor(args) => verb!("doctor", doctor::run, args),
         Command::Setup(args) => verb!("setup", setup::run, args),

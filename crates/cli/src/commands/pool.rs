@@ -1,7 +1,7 @@
 //! `smolvm pool`: sandboxes made ahead of demand.
 
 use serde_json::{Value, json};
-use smolvm_engine::{ErrorKind, PoolInfo, PoolSpec};
+use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PoolSpec};
 
 use super::machine::Shape;
 use super::{Context, Outcome, block_on};
@@ -54,7 +54,8 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
     block_on(async {
         let mut signals = Signals::install()?;
         if args.size > 0 {
-            prepare::image(cx, &engine, &mut signals, &spec.image, None).await?;
+            let kernel = KernelChoice::Auto;
+            prepare::image(cx, &engine, &mut signals, &spec.image, &kernel).await?;
         }
         let mut told = |ready| {
             if ready > 0 {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use smolvm_engine::{DEFAULT_IMAGE, Engine, MissingPackage};
+use smolvm_engine::{DEFAULT_IMAGE, Engine, KernelChoice, MissingPackage};
 
 use super::{Context, Outcome, block_on};
 use crate::prepare::{self, Timed};
@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let began = Instant::now();
     let engine = cx.engine(None)?;
     let packages = engine.missing_packages();
-    let assets = engine.missing_assets(&args.image, false)?;
+    let assets = engine.missing_assets(&args.image, &KernelChoice::Stock)?;
     for missing in &packages {
         cx.out.line(&format!(
             "missing: {} (package {}), {}",
@@ -51,7 +51,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let phases = block_on(async {
         let mut signals = Signals::install()?;
         let mut phases = install(cx, &engine, &mut signals, installed.clone()).await?;
-        phases.extend(prepare::image(cx, &engine, &mut signals, &args.image, None).await?);
+        phases.extend(
+            prepare::image(cx, &engine, &mut signals, &args.image, &KernelChoice::Stock).await?,
+        );
         Ok(phases)
     })?;
     for (phase, time) in &phases {

@@ -556,7 +556,7 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
             .get::<_, Option<i64>>(13)?
             .map(|ttl| Duration::from_millis(from_sql(ttl))),
         ephemeral: row.get(14)?,
-        kernel: None,
+        kernel: crate::spec::KernelChoice::Auto,
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {

@@ -12,6 +12,7 @@ mod life;
 mod pools;
 mod run;
 mod signals;
+mod small;
 mod stream;
 mod templates;
 mod trouble;

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use crate::{Accel, DiskPlan, Memory, VmPlan};
+use crate::{Accel, Devices, DiskPlan, Memory, VmPlan};
 
 /// Numbers of the sockets which the VMM inherits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
     );
 
     let restored = matches!(plan.memory, Memory::CopyOf(_));
-    let mut machine = MACHINE.to_owned();
+    let mut machine = machine(plan.devices);
     if let Some(backend) = memory_backend(plan) {
         args.option("-object", backend);
         machine.push_str(",memory-backend=ram");
@@ -93,15 +93,28 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
 
 /// The machine: virtio over memory-mapped I/O, no PCI, no firmware to speak of.
 ///
-/// * `acpi=on`: kernels of distributions are built without `VIRTIO_MMIO_CMDLINE_DEVICES`, so they
-///   find the devices in the ACPI tables or not at all.
-/// * `rtc=on`: without it the kernel's `rtc_cmos` polls a clock that is not there, for seconds.
+/// * `acpi`: kernels of distributions are built without `VIRTIO_MMIO_CMDLINE_DEVICES`, so they
+///   find the devices in the ACPI tables or not at all. Without these tables QEMU writes the devices
+///   on the kernel's command line, after our parameters, and the processors in an MP table.
+/// * `rtc=on`: without it a kernel polls a clock that is not there, for one second or more.
 /// * `pit=off,pic=off,x-option-roms=off`: an older timer, an older interrupt controller and boot ROMs
 ///   that no 64-bit kernel started directly makes use of.
 /// * Guest memory stays out of core dumps, and out of the host's same-page merging, whose timing
 ///   tells one guest what another has in memory.
-const MACHINE: &str = "microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,\
-                       dump-guest-core=off,mem-merge=off";
+fn machine(devices: Devices) -> String {
+    let acpi = match devices {
+        Devices::Acpi => "on",
+        Devices::CommandLine => "off",
+    };
+    format!(
+        "microvm,acpi={acpi},rtc=on,pit=off,pic=off,x-option-roms=off,dump-guest-core=off,\
+         mem-merge=off"
+    )
+}
+
+/// Ticks per millisecond of the local APIC's timer in QEMU's emulation, whose counter runs in
+/// nanoseconds (`apic_get_current_count`, hw/intc/apic_common.c).
+const APIC_TIMER_KHZ: u32 = 1_000_000;
 
 /// The object that is the guest's memory, if it is held in a file. The machine's options about core
 /// dumps and merging are those of memory that the machine makes itself, so they are repeated.
@@ -136,6 +149,11 @@ fn kernel_parameters(plan: &VmPlan) -> String {
         words.push("tsc=reliable".to_owned());
         // Nor is the timer's interrupt to be checked: where it comes late, the check ends in a panic.
         words.push("no_timer_check".to_owned());
+        // The rate of that timer, for kernels that can be told (the small one's `lapic_khz`). Others
+        // measure it, for 220 ms, and wrong on a busy host.
+        if plan.devices == Devices::CommandLine {
+            words.push(format!("lapic_khz={APIC_TIMER_KHZ}"));
+        }
         // What takes long when translated and protects from nothing in an emulated CPU.
         words.push("cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on".to_owned());
         // QEMU 7.2 finds translated code by its virtual address, among others, so a program that is
@@ -229,6 +247,7 @@ mod tests {
             memory_mib: 512,
             memory: Memory::Anonymous,
             kernel: "/cache/vmlinux".into(),
+            devices: Devices::Acpi,
             initrd: "/cache/initrd".into(),
             cmdline: "rdinit=/agent".into(),
             disks: vec![
@@ -309,6 +328,24 @@ cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on norandmaps rdinit=
 -append console=ttyS0 quiet panic=-1 reboot=t rdinit=/agent";
         let text = text(&plan(Accel::Kvm));
         assert_eq!(text, format!("{BEGINNING}{middle}{END}"));
+    }
+
+    /// What a kernel that finds its devices on its command line changes, and whether nothing else.
+    #[test]
+    fn devices() {
+        for accel in [Accel::Kvm, Accel::Emulation] {
+            let acpi = plan(accel);
+            let command_line = VmPlan {
+                devices: Devices::CommandLine,
+                ..acpi.clone()
+            };
+            assert_eq!(
+                text(&command_line),
+                text(&acpi)
+                    .replace("acpi=on", "acpi=off")
+                    .replace("no_timer_check", "no_timer_check lapic_khz=1000000")
+            );
+        }
     }
 
     /// What each kind of memory adds to the arguments, and whether it leaves the others as they are.
