@@ -1,5 +1,6 @@
 //! Making a machine this one and no other: name, clock, randomness, defaults.
 
+use std::io::Write;
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -124,8 +125,18 @@ fn random_id() -> Result<String, Failure> {
     Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// Writes a file without cutting it to nothing first: ext4 takes that for a replacement that has to
+/// be on the disk when the file is closed (ext4(5), `auto_da_alloc`), and the caller waits.
 fn write(path: &str, text: &str) -> Result<(), Failure> {
-    std::fs::write(path, text).map_err(|error| from_io(&format!("writing {path}"), &error))
+    let failed = |error: std::io::Error| from_io(&format!("writing {path}"), &error);
+    let mut file = std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(failed)?;
+    file.write_all(text.as_bytes()).map_err(failed)?;
+    file.set_len(text.len() as u64).map_err(failed)
 }
 
 /// The hosts file with a line for this machine, as Debian's installer writes it, in place of the

@@ -152,15 +152,16 @@ impl Engine {
             .collect())
     }
 
-    /// Each sandbox's kernel and name.
+    /// Each sandbox's kernel and name, and each snapshot's.
     fn kernel_users(&self) -> Result<Vec<(String, String)>> {
         let Some(store) = crate::store::Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
         };
-        Ok(store
-            .sandboxes()?
-            .into_iter()
+        let sandboxes = store.sandboxes()?.into_iter();
+        let snapshots = store.snapshots()?.into_iter();
+        Ok(sandboxes
             .map(|row| (row.kernel, row.spec.name.to_string()))
+            .chain(snapshots.map(|row| (row.kernel, format!("snapshot {}", row.name))))
             .collect())
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Ingredients {
     boot: String,
     /// Release of this program: it writes the VMM's command line.
     smolvm: String,
+    /// Identity of the program that writes the VMM's command line.
+    keeper: u64,
     /// Identity of the VMM's program.
     vmm: u64,
     /// Identity of the kernel.
@@ -84,7 +86,7 @@ impl Template {
 impl Ingredients {
     /// What goes into a template for this launch. `disk_mib` is the size of the writable layer, if
     /// the machine has one.
-    pub(crate) fn of(launch: &Launch, disk_mib: Option<u32>) -> Result<Self> {
+    pub(crate) fn of(launch: &Launch, keeper: &Path, disk_mib: Option<u32>) -> Result<Self> {
         let vm = &launch.vm;
         let base = match vm.disks.first() {
             Some(disk) => real(&disk.path)?,
@@ -102,6 +104,7 @@ impl Ingredients {
             },
             boot: smolvm_host::process::boot_id()?,
             smolvm: env!("CARGO_PKG_VERSION").to_owned(),
+            keeper: stamp("keeper", keeper)?,
             vmm: stamp("engine", &vm.program)?,
             kernel: stamp("kernel", &vm.kernel)?,
             initrd: real(&vm.initrd)?,
@@ -159,7 +162,7 @@ pub(crate) fn obtain(
     launch: &Launch,
     disk_mib: Option<u32>,
 ) -> Result<Template> {
-    let ingredients = Ingredients::of(launch, disk_mib)?;
+    let ingredients = Ingredients::of(launch, keeper, disk_mib)?;
     if let Some(template) = find(assets, &ingredients)? {
         return Ok(template);
     }

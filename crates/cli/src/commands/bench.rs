@@ -41,8 +41,8 @@ Three ways to a sandbox take turns, so that their ratios hold on a busy host: co
 start (until its keeper and VMM are launched); ready (create until it takes commands); first (the first
 `true`); answer (create until that is answered); next (the median of 20 more); python (the first
 `python3 -c 'print(6*7)'`); stop; delete (of a stopped one); kill (delete of a running one); run (create,
-`true`, kill); total (create until deleted). memory is what its machine shares with no other after the
-first command, in MiB.")]
+`true`, kill); total (create until deleted). memory is what its machine has written after the first command, and
+shares with no other, in MiB.")]
 pub(crate) struct Args {
     /// Lives of each kind
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 5)]
@@ -401,7 +401,8 @@ fn finished(
     }
 }
 
-/// MiB of memory that a sandbox's machine shares with no other process (proc(5), `smaps_rollup`).
+/// MiB of memory that a sandbox's machine has written to, and so shares with no other process (proc(5),
+/// `smaps_rollup`). What it has only read is the host's page cache, for all.
 fn private_mib(engine: &Engine, name: &str) -> Result<f64, CliError> {
     let pid = engine.info(name)?.vmm_pid.unwrap_or(0);
     let path = format!("/proc/{pid}/smaps_rollup");
@@ -409,7 +410,7 @@ fn private_mib(engine: &Engine, name: &str) -> Result<f64, CliError> {
         .map_err(|error| CliError::io(format!("reading {path}"), error))?;
     let kib: u32 = text
         .lines()
-        .filter(|line| line.starts_with("Private_"))
+        .filter(|line| line.starts_with("Private_Dirty:"))
         .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u32>().ok())
         .sum();
     Ok(f64::from(kib) / 1024.0)
