@@ -121,6 +121,11 @@ impl Cgroups {
         Some(hold)
     }
 
+    /// Lets every process go on, whoever wants them to stand still.
+    pub(crate) fn let_go(&self) {
+        let _ = self.freeze(b"0");
+    }
+
     fn holding(&self) -> MutexGuard<'_, u32> {
         self.holding.lock().unwrap_or_else(PoisonError::into_inner)
     }

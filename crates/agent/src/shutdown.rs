@@ -38,6 +38,10 @@ pub(crate) fn shutdown(agent: &Agent, request: &ShutdownRequest) -> Result<Last,
             "the machine is going down already",
         ));
     }
+    // One that stands still could not end by itself.
+    if let Some(cgroups) = &agent.cgroups {
+        cgroups.let_go();
+    }
     let now = Instant::now();
     let grace = Duration::from_millis(request.grace_ms).min(GRACE_MAX);
     if !grace.is_zero() {
