@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 32] = [
+const COMMANDS: [&str; 48] = [
     "",
     "run",
     "create",
@@ -17,6 +17,9 @@ const COMMANDS: [&str; 32] = [
     "logs",
     "start",
     "stop",
+    "pause",
+    "resume",
+    "fork",
     "rm",
     "commit",
     "sandbox",
@@ -30,9 +33,22 @@ const COMMANDS: [&str; 32] = [
     "file upload",
     "file download",
     "file ls",
+    "snapshot",
+    "snapshot create",
+    "snapshot list",
+    "snapshot restore",
+    "snapshot delete",
+    "pool",
+    "pool set",
+    "pool list",
+    "pool delete",
     "image",
     "image list",
     "image delete",
+    "kernel",
+    "kernel build",
+    "kernel ls",
+    "kernel rm",
     "doctor",
     "setup",
     "completion",
@@ -59,7 +75,9 @@ fn every_command_explains_itself() {
 #[test]
 fn a_command_without_its_verb_prints_its_help() {
     let home = Home::new();
-    for command in ["", "sandbox", "computer", "file", "image", "bench"] {
+    for command in [
+        "", "sandbox", "computer", "file", "snapshot", "pool", "image", "kernel", "bench",
+    ] {
         let mut args: Vec<&str> = command.split_whitespace().collect();
         let output = home.command(&args).output().expect("smolvm runs");
         args.push("-h");

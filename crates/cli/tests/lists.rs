@@ -52,6 +52,24 @@ fn an_empty_store_is_listed_without_making_it() {
         }
         --- exit 0
     "#);
+    insta::assert_snapshot!(home.run(&["kernel", "ls"]), @r"
+        $ smolvm kernel ls
+        KEY   RELEASE   SIZE   DEFAULT   SANDBOXES   SOURCE
+        --- exit 0
+    ");
+    insta::assert_snapshot!(home.run(&["kernel", "ls", "--json"]), @r#"
+        $ smolvm kernel ls --json
+        {
+          "ok": true,
+          "command": "kernel.ls",
+          "exit_code": 0,
+          "data": {
+            "kernels": []
+          },
+          "error": null
+        }
+        --- exit 0
+    "#);
     assert!(!home.path("data").exists(), "listing makes nothing");
 }
 

@@ -510,3 +510,23 @@ fn a_reader_that_went_away_is_not_complained_about() {
     assert_eq!(output.status.code(), Some(141));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
+
+#[test]
+fn kernels_that_are_not_there() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["kernel", "rm", "small-1"]), @r"
+        $ smolvm kernel rm small-1
+        --- stderr
+        error: there is no kernel named `small-1`
+        hint: see the kernels with `smolvm kernel ls`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["run", "--kernel", "docker", "true"]), @r"
+        $ smolvm run --kernel docker true
+        --- stderr
+        error: there is no docker kernel yet
+        hint: build it with `smolvm kernel build --docker`
+        --- exit 125
+    ");
+    assert!(!home.path("data/kernels").exists(), "looking makes nothing");
+}

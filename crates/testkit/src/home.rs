@@ -90,7 +90,7 @@ impl HomeBuilder {
         } else {
             assets.link_into(&data)?;
         }
-        if self.small_kernel {
+        if self.small_kernel || std::env::var_os("SMOLVM_TEST_SMALL").is_some() {
             assets.link_kernel(&data, &assets.small_kernel(&binaries)?)?;
         }
         Ok(Home {

@@ -13,6 +13,7 @@
 //! | Variable | Meaning |
 //! |---|---|
 //! | `SMOLVM_TEST_BINARIES` | Directory of `smolvm`, `smolvm-keeper` and `smolvm-agent`; beside the test otherwise |
+//! | `SMOLVM_TEST_SMALL` | Set to anything: every test has the small kernel, not only those about it |
 //! | `SMOLVM_TEST_DATA` | A prepared data directory; `e2e-data` in the target directory otherwise |
 
 mod assets;
