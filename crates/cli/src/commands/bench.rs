@@ -36,13 +36,13 @@ const AT_ONCE: usize = 4;
 Example:
   smolvm bench lifecycle -n 10 -o result.json --plot result.svg
 
-Three ways to a sandbox take turns, so that their ratios hold on a busy host: cold (it boots), template
-(it starts from a machine booted ahead), pool (it was made ahead). For each, in milliseconds: create;
-start (until its keeper and VMM are launched); ready (create until it takes commands); first (the first
-`true`); answer (create until that is answered); next (the median of 20 more); python (the first
-`python3 -c 'print(6*7)'`); stop; delete (of a stopped one); kill (delete of a running one); run (create,
-`true`, kill); total (create until deleted). memory is what its machine has written after the first command, and
-shares with no other, in MiB.")]
+Three ways to a sandbox take turns, so that their ratios hold on a busy host: cold (it boots),
+template (it starts from a machine booted ahead), pool (it was made ahead). For each, in
+milliseconds: create; start (until its keeper and VMM are launched); ready (create until it takes
+commands); first (the first `true`); answer (create until that is answered); next (the median of 20
+more); python (the first `python3 -c 'print(6*7)'`); stop; delete (of a stopped one); kill (delete
+of a running one); run (create, `true`, kill); total (create until deleted). memory is what its
+machine has written after the first command, and shares with no other, in MiB.")]
 pub(crate) struct Args {
     /// Lives of each kind
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 5)]

@@ -14,10 +14,10 @@ use crate::{complete, units};
 Example:
   smolvm fork box -n 3
 
-Prints the names of the copies: box-1, box-2, box-3. Each goes on with the processes, open files and
-memory of `box`, which stands still only while it is copied. Memory is shared until a copy writes to
-it. Each copy has a host name, clock and random numbers of its own; commands that ran when it was made
-go on in it, and their output is dropped.")]
+Prints the names of the copies: box-1, box-2, box-3. Each goes on with the processes, open files
+and memory of `box`, which stands still only while it is copied. Memory is shared until a copy
+writes to it. Each copy has a host name, clock and random numbers of its own; commands that ran
+when it was made go on in it, and their output is dropped.")]
 pub(crate) struct Args {
     /// The sandbox
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]

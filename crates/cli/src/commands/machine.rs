@@ -47,10 +47,15 @@ impl Shape {
         }
     }
 
-    /// A pool of such sandboxes.
-    pub(crate) fn pool(&self, size: u32, commands: Vec<String>) -> PoolSpec {
+    /// A pool of such sandboxes; `image` is that of --image if absent.
+    pub(crate) fn pool(
+        &self,
+        image: Option<&String>,
+        size: u32,
+        commands: Vec<String>,
+    ) -> PoolSpec {
         PoolSpec {
-            image: self.image.clone(),
+            image: image.unwrap_or(&self.image).clone(),
             cpus: self.cpus,
             memory_mib: self.memory,
             disk_mib: self.disk,

@@ -13,13 +13,16 @@ use crate::{prepare, units};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  smolvm pool set --size 4
+  smolvm pool set debian-12 --size 4
   smolvm pool set --size 2 --memory 1G --warm-cmd 'python3 -c \"import json\"'
 
-`smolvm run` and `smolvm create` with the same image and sizes take a member of the pool, which has run
-`true` and Python before. The pool is filled up again in the background. Members stand still: they use
-memory, and no processor. A size of 0 deletes the pool.")]
+`smolvm run` and `smolvm create` with the same image and sizes take a member of the pool, which
+has run `true` and Python before. The pool is filled up again in the background. Members stand
+still: they use memory, and no processor. A size of 0 deletes the pool.")]
 pub(crate) struct SetArgs {
+    /// Image of the members, as --image
+    #[arg(value_name = "IMAGE", conflicts_with = "image")]
+    of: Option<String>,
     /// Members to have ready
     #[arg(long, value_name = "COUNT")]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=i64::from(smolvm_engine::POOL_SIZE_MAX)))]
@@ -38,8 +41,11 @@ pub(crate) struct ListArgs {}
 
 /// Arguments of `pool delete`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  smolvm pool rm --memory 1G")]
+#[command(after_help = "Example:\n  smolvm pool rm debian-12 --memory 1G")]
 pub(crate) struct DeleteArgs {
+    /// Image of the members, as --image
+    #[arg(value_name = "IMAGE", conflicts_with = "image")]
+    of: Option<String>,
     /// Delete all pools
     #[arg(long)]
     all: bool,
@@ -50,7 +56,9 @@ pub(crate) struct DeleteArgs {
 /// Makes or changes a pool, and fills it.
 pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let spec = args.shape.pool(args.size, args.warm_cmd.clone());
+    let spec = args
+        .shape
+        .pool(args.of.as_ref(), args.size, args.warm_cmd.clone());
     block_on(async {
         let mut signals = Signals::install()?;
         if args.size > 0 {
@@ -103,7 +111,7 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
 /// Deletes a pool, or all.
 pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let wanted = args.shape.pool(0, Vec::new());
+    let wanted = args.shape.pool(args.of.as_ref(), 0, Vec::new());
     let mut specs: Vec<_> = engine.pools()?.into_iter().map(|pool| pool.spec).collect();
     specs.retain(|spec| {
         args.all

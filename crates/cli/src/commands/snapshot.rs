@@ -15,8 +15,8 @@ use crate::{complete, units};
 Example:
   smolvm snapshot create box --name before
 
-Prints the snapshot's name. The sandbox stands still while what it has written is copied, and goes on
-as it was, running or paused.")]
+Prints the snapshot's name. The sandbox stands still while what it has written is copied, and goes
+on as it was, running or paused.")]
 pub(crate) struct CreateArgs {
     /// The sandbox
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
