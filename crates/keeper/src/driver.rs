@@ -346,7 +346,7 @@ impl Driver {
             Input::Client(client, Some(frame)) => self.hear_client(client, frame).await,
             Input::Client(client, None) => {
                 for frame in self.routes.drop_client(client) {
-                    self.to_guest(frame);
+                    self.pass_to_guest(frame);
                 }
                 let gone = self.clients.remove(&client)?;
                 gone.owner.then_some(End::Destroy {
@@ -371,10 +371,10 @@ impl Driver {
                 match self.routes.route_out(frame) {
                     FromGuest::Deliver(client, frame) => self.tell(client, frame),
                     FromGuest::Drop => {}
-                    FromGuest::Cut(client, to_client, to_guest) => {
+                    FromGuest::Cut(client, to_client, pass_to_guest) => {
                         tracing::warn!("the guest broke the rules of a stream");
                         self.tell(client, to_client);
-                        self.to_guest(to_guest);
+                        self.pass_to_guest(pass_to_guest);
                     }
                 }
                 None
@@ -517,7 +517,7 @@ impl Driver {
         }
         for (client, frame) in std::mem::take(&mut self.early) {
             if let Some(frame) = self.routes.route_in(client, frame) {
-                self.to_guest(frame);
+                self.pass_to_guest(frame);
             }
         }
         None
@@ -533,7 +533,7 @@ impl Driver {
     }
 
     /// Sends a client's frame to the guest, or keeps it until the guest moves again.
-    pub(crate) fn to_guest(&mut self, frame: Frame) {
+    pub(crate) fn pass_to_guest(&mut self, frame: Frame) {
         match &mut self.motion {
             Motion::Moving => self.guest.send(frame),
             Motion::Asked { held, .. } | Motion::Still { held } => held.push(frame),
@@ -549,7 +549,7 @@ impl Driver {
             } else if matches!(self.phase, Phase::Serving(_) | Phase::Stopping { .. })
                 && let Some(frame) = self.routes.route_in(client, frame)
             {
-                self.to_guest(frame);
+                self.pass_to_guest(frame);
             }
             return None;
         }

@@ -199,11 +199,9 @@ struct Nth {
 }
 
 impl Faults for Nth {
-    fn before(&self, op: &'static str, path: &Path) -> io::Result<()> {
+    fn before(&self, _op: &'static str, _path: &Path) -> io::Result<()> {
         let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
         if now == self.nth || self.forever && now > self.nth {
-            // Shown if the test fails.
-            println!("effect {now} fails: {op} {}", path.display());
             Err((self.error)())
         } else {
             Ok(())
@@ -226,13 +224,12 @@ fn broken() -> io::Error {
     io::ErrorKind::Other.into()
 }
 
+/// Whether all effects after the first failed one fail as well, and how.
+type Mode = (bool, fn() -> io::Error);
+
 /// Has each effect of a life fail in its turn, and requires that nothing leaks and that the second try
 /// succeeds.
-async fn each_effect_fails(
-    life: impl AsyncFn(&Engine) -> Result<()>,
-    modes: &[(bool, fn() -> io::Error)],
-    least: u32,
-) {
+async fn each_effect_fails(life: impl AsyncFn(&Engine) -> Result<()>, modes: &[Mode], least: u32) {
     let mut failures = 0;
     for &(forever, error) in modes {
         for nth in 1.. {

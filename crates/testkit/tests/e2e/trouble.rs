@@ -124,7 +124,7 @@ exit $code
 fn a_full_disk_of_the_host_is_an_error_that_says_so_and_leaves_nothing_half_made() {
     let home = Home::new(1);
     // The store itself, the row, the files of the sandbox, and its disk, in this order.
-    for size in ["80k", "160k", "240k", "400k", "1m"] {
+    for size in ["136k", "216k", "296k", "456k", "1m"] {
         let flags = if rustix::process::geteuid().is_root() {
             "-m"
         } else {
