@@ -24,17 +24,24 @@ pub(crate) struct Args {
 }
 
 /// Figures of a lifecycle as SPECIFICATION.md orders them: the column, and the name in JSON.
-const COLUMNS: [(&str, &str); 9] = [
+const COLUMNS: [(&str, &str); 13] = [
     ("create", "host_create_ms"),
     ("start", "vmm_start_ms"),
     ("ready", "total_fresh_ready_ms"),
     ("first", "first_command_ms"),
+    ("answer", "first_answer_ms"),
     ("next", "next_command_ms"),
     ("python", "python_ms"),
     ("stop", "stop_ms"),
     ("delete", "delete_ms"),
+    ("kill", "kill_ms"),
+    ("run", "run_ms"),
     ("total", "total_ms"),
+    ("memory, MiB", "private_memory_mib"),
 ];
+
+/// The ways to a sandbox that are measured.
+const WAYS: [&str; 3] = ["cold", "template", "pool"];
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     run::check_name(&args.name)?;
@@ -66,6 +73,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 "lifecycle",
                 "-n",
                 &args.lives.to_string(),
+                "--plot",
+                &format!("benchmarks/{}.svg", args.name),
             ])
             .stderr(Stdio::inherit()),
     )?;
@@ -140,9 +149,16 @@ fn row(lifecycle: &Value, environment: &Value, version: &Value, list: &Value) {
             stats["count"]
         ));
     };
-    for (column, name) in COLUMNS {
-        line(column, &lifecycle["results"][name]["stats"]);
+    for way in WAYS {
+        for (column, name) in COLUMNS {
+            let stats = &lifecycle["ways"][way][name]["stats"];
+            line(&format!("{way}: {column}"), stats);
+        }
     }
+    run::say(&format!(
+        "| lives in a second | {} | | | |",
+        number(&lifecycle["lives_per_second"])
+    ));
     line("`smolvm --version`", version);
     line("`smolvm ls`, empty store", list);
 }
