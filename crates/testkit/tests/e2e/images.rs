@@ -65,6 +65,16 @@ for top, dirs, files in os.walk(b'/'):
         print(*said)
 ";
 
+/// Counts for ever, in two files.
+const COUNT: &str = r#"
+import os
+files = [os.open(name, os.O_CREAT | os.O_WRONLY) for name in ("/bin/first", "/zlast")]
+count = 0
+while True:
+    count += 1
+    for file in files: os.pwrite(file, b"%012d\n" % count, 0)
+"#;
+
 /// The digest directories and everything else below `images`, but for locks.
 fn files(home: &Home) -> (usize, Vec<String>) {
     let mut rest = Vec::new();
@@ -155,11 +165,13 @@ fn a_committed_image_is_the_sandbox_as_it_was() {
 fn commands_stand_still_while_their_sandbox_is_committed_and_go_on_after() {
     let home = Home::new(2);
     home.create("box", &[]);
-    // Read long after one another; the two numbers are never more than one apart.
-    let count = "while :; do n=$((n + 1)); echo $n > /bin/first; echo $n > /zlast; done";
+    // Read long after one another; the two numbers are never more than one apart. Each is written in
+    // one step: a shell that truncates first may be held in between.
+    home.sh("box", &format!("printf %s '{COUNT}' > /run/count.py"));
     home.sh(
         "box",
-        &format!("setsid sh -c '{count}' > /dev/null 2>&1 < /dev/null & sleep 1"),
+        "setsid python3 /run/count.py > /dev/null 2>&1 < /dev/null &
+         until [ -s /zlast ]; do :; done",
     );
     home.smolvm(["commit", "box", "counted"]).run().ok();
     let before = home.sh("box", "cat /zlast");
