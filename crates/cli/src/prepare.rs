@@ -1,5 +1,6 @@
 //! Making sure that the kernel and an image are there, before a sandbox needs them.
 
+use serde_json::{Value, json};
 use smolvm_engine::{Cancel, Engine, ErrorKind, KernelChoice};
 
 use crate::commands::Context;
@@ -7,9 +8,18 @@ use crate::output;
 use crate::progress::Meter;
 use crate::report::CliError;
 use crate::signals::Signals;
+use crate::units;
 
 /// What long work gives: its own result, and how long each phase took.
 pub(crate) type Timed = Vec<(String, std::time::Duration)>;
+
+/// The phases of long work, for programs.
+pub(crate) fn phases(timed: &Timed) -> Value {
+    let phases = timed.iter();
+    phases
+        .map(|(phase, time)| json!({ "name": phase, "ms": units::millis(*time) }))
+        .collect()
+}
 
 /// Does long blocking work under a progress meter. The first signal cancels it, so that it cleans
 /// up after itself; a second one leaves it where it is.

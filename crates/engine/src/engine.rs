@@ -450,9 +450,9 @@ impl Engine {
     /// error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
-        let kernel = match (&spec.kernel, self.assets().choose_kernel(&spec.kernel)?) {
-            (KernelChoice::File(file), _) => self.assets().import_kernel(file)?,
-            (_, key) => key.unwrap_or_else(|| STOCK_KERNEL.to_owned()),
+        let kernel = match &spec.kernel {
+            KernelChoice::File(file) => self.assets().import_kernel(file)?,
+            choice => self.kernel_key(choice)?,
         };
         self.create_with(spec, &kernel)
     }
@@ -473,12 +473,6 @@ impl Engine {
         })?;
         let row = self.insert(&mut store, spec, image.digest, kernel.to_owned(), None)?;
         Ok(self.describe(row))
-    }
-
-    /// Directory name of the kernel of a sandbox that asks for none.
-    pub(crate) fn default_kernel(&self) -> Result<String> {
-        let chosen = self.assets().choose_kernel(&KernelChoice::Auto)?;
-        Ok(chosen.unwrap_or_else(|| STOCK_KERNEL.to_owned()))
     }
 
     /// Writes the row of a new sandbox and makes its directory.
@@ -670,12 +664,12 @@ impl Engine {
         let mut source = None;
         if let Some(snapshot) = beginning.snapshot {
             snapshot.check(&facts)?;
-            plan.vm.memory = Memory::CopyOf(snapshot.memory());
+            plan.vm.memory = Memory::CopyOf(snapshot.files.memory());
             plan.restore = Some(Restore {
-                state: snapshot.state(),
+                state: snapshot.files.state(),
                 or_boot: false,
             });
-            source = Some(snapshot.disk());
+            source = Some(snapshot.files.disk());
         } else if fresh && self.may_restore(row, &facts) {
             let disk_mib = matches!(layer, Layer::File(_)).then_some(row.spec.disk_mib);
             match templates::obtain(&self.assets(), &self.config().keeper, &plan, disk_mib) {
@@ -799,7 +793,7 @@ impl Engine {
         }
     }
 
-    pub(crate) fn attach(&self, row: &SandboxRow) -> Result<Session> {
+    fn attach(&self, row: &SandboxRow) -> Result<Session> {
         Session::connect(
             row.spec.name.as_str(),
             self.layout().sandbox(&row.id).path(),

@@ -89,13 +89,7 @@ impl Error {
     /// The error with its causes on one line.
     #[must_use]
     pub fn in_one_line(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(source) = cause {
-            text = format!("{text}: {source}");
-            cause = source.source();
-        }
-        text
+        in_one_line(self)
     }
 
     /// What kind of failure this is.
@@ -129,6 +123,18 @@ impl std::error::Error for Error {
             .as_deref()
             .map(|source| source as &(dyn std::error::Error + 'static))
     }
+}
+
+/// An error with its causes on one line.
+#[must_use]
+pub fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text = format!("{text}: {source}");
+        cause = source.source();
+    }
+    text
 }
 
 /// Maps an I/O error to the kind a caller would branch on.

@@ -104,12 +104,7 @@ impl ExecSpec {
 }
 
 pub(crate) fn env_vars(env: &[(String, String)]) -> Vec<EnvVar> {
-    env.iter()
-        .map(|(name, value)| EnvVar {
-            name: name.clone().into_bytes().into(),
-            value: value.clone().into_bytes().into(),
-        })
-        .collect()
+    env.iter().map(EnvVar::text).collect()
 }
 
 /// Size of a terminal in characters.

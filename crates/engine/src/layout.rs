@@ -153,5 +153,43 @@ impl SandboxDir {
     }
 }
 
+/// The files of a machine that was saved: a template's or a snapshot's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedMachine {
+    dir: PathBuf,
+}
+
+impl SavedMachine {
+    /// The files in `dir`.
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> PathBuf {
+        self.dir.join("memory")
+    }
+
+    /// State of the machine's CPUs and devices.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The writable layer, if the machine has one.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.dir.join("disk.ext4")
+    }
+}
+
 /// File name of the keeper's socket in the sandbox's directory.
 pub const SOCKET_NAME: &str = "keeper.sock";

@@ -56,7 +56,7 @@ pub use commit::{CommitOptions, Committed};
 pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};
 pub use doctor::{Check, CheckStatus};
 pub use engine::{ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes};
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, in_one_line};
 pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};

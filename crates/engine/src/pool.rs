@@ -12,15 +12,16 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use smolvm_host::os::{Durability, Lock};
 use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperReason, KeeperRequest, Starter};
-use smolvm_proto::message::EnvVar;
 
 use crate::assets::unknown_image;
 use crate::config::Config;
 use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64};
 use crate::error::{Error, ErrorKind, Result, io};
+use crate::exec::env_vars;
 use crate::launch::WarmCommand;
 use crate::session::Session;
 use crate::spec::{DiskMode, KernelChoice, SandboxSpec};
+use crate::store::rows::name_taken;
 use crate::store::{PoolRow, SandboxRow, State, Store};
 
 /// Most members of a pool.
@@ -174,7 +175,7 @@ impl Engine {
             return Ok(None);
         };
         let mut members = store.members(&pool.id)?;
-        let kernel = self.default_kernel()?;
+        let kernel = self.kernel_key(&KernelChoice::Auto)?;
         members.retain(|row| {
             row.state == State::Paused && row.image_digest == image.digest && row.kernel == kernel
         });
@@ -191,7 +192,7 @@ impl Engine {
             };
             match session.client.ask_keeper(&request).await {
                 Ok(KeeperEvent::Ready(ready)) => {
-                    self.fill_in_background(&pool.id);
+                    self.fill_in_background(&store, &pool.id);
                     let since = |micros| Duration::from_micros(micros);
                     let times = StartTimes {
                         spawn: Duration::ZERO,
@@ -204,19 +205,14 @@ impl Engine {
                 Ok(KeeperEvent::Failed(failure))
                     if failure.reason == Some(KeeperReason::NameTaken) =>
                 {
-                    return Err(Error::new(ErrorKind::AlreadyExists, failure.message).hint(
-                        format!(
-                            "choose another --name, or remove it with `smolvm rm {}`",
-                            spec.name
-                        ),
-                    ));
+                    return Err(name_taken(&spec.name));
                 }
                 Ok(answer) => tracing::debug!(?answer, member = member.id, "no claim"),
                 Err(error) => tracing::debug!(%error, member = member.id, "no claim"),
             }
         }
         store.count_pool_miss(&pool.id)?;
-        self.fill_in_background(&pool.id);
+        self.fill_in_background(&store, &pool.id);
         Ok(None)
     }
 
@@ -356,21 +352,10 @@ impl Engine {
             self.fill_locked(id, &lock, &mut |_| {}).await?;
             drop(lock);
             // A claim that saw the lock taken relies on whoever held it to look once more.
-            if self.lacks(id)? == 0 {
+            if lacks(&self.store()?, id)? == 0 {
                 return Ok(());
             }
         }
-    }
-
-    /// How many members a pool lacks.
-    fn lacks(&self, id: &str) -> Result<u32> {
-        let store = self.store()?;
-        let pools = store.pools()?;
-        let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
-            return Ok(0);
-        };
-        let members = u32::try_from(store.members(id)?.len()).unwrap_or(u32::MAX);
-        Ok(pool.size.saturating_sub(members))
     }
 
     async fn fill_locked(&self, id: &str, _lock: &Lock, ready: &mut dyn FnMut(u32)) -> Result<()> {
@@ -384,7 +369,7 @@ impl Engine {
             let image = store
                 .image(&pool.image)?
                 .ok_or_else(|| unknown_image(&pool.image))?;
-            let kernel = self.default_kernel()?;
+            let kernel = self.kernel_key(&KernelChoice::Auto)?;
             let stale = |row: &SandboxRow| row.image_digest != image.digest || row.kernel != kernel;
             self.remove_members(&mut store, id, stale).await?;
             let members = store.members(id)?;
@@ -438,8 +423,8 @@ impl Engine {
 
     /// Starts a process that fills a pool, if it lacks members and nobody fills it. What goes wrong
     /// is no concern of the sandbox that was just started: it is recorded with the pool.
-    fn fill_in_background(&self, id: &str) {
-        let started = self.lacks(id).and_then(|lacks| {
+    fn fill_in_background(&self, store: &Store, id: &str) {
+        let started = lacks(store, id).and_then(|lacks| {
             let path = self.pool_file_for_lock(id)?;
             if lacks == 0 || self.os().try_lock("lock the pool", &path)?.is_none() {
                 return Ok(());
@@ -474,6 +459,16 @@ impl Engine {
     }
 }
 
+/// How many members a pool lacks.
+fn lacks(store: &Store, id: &str) -> Result<u32> {
+    let pools = store.pools()?;
+    let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
+        return Ok(0);
+    };
+    let members = u32::try_from(store.members(id)?.len()).unwrap_or(u32::MAX);
+    Ok(pool.size.saturating_sub(members))
+}
+
 /// The engine and the pool's id that a pool's file stands for.
 ///
 /// # Errors
@@ -492,14 +487,7 @@ fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
     let starter = spec.ephemeral.then(myself).transpose()?;
     Ok(ClaimRequest {
         name: spec.name.to_string(),
-        env: spec
-            .env
-            .iter()
-            .map(|(name, value)| EnvVar {
-                name: name.clone().into_bytes().into(),
-                value: value.clone().into_bytes().into(),
-            })
-            .collect(),
+        env: env_vars(&spec.env),
         cwd: spec.workdir.clone(),
         user: spec.user.clone(),
         ttl_ms: spec

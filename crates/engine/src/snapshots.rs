@@ -22,6 +22,7 @@ use crate::engine::{
     used_below,
 };
 use crate::error::{Error, ErrorKind, Result, io};
+use crate::layout::SavedMachine;
 use crate::plan::HostFacts;
 use crate::session::Session;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
@@ -83,10 +84,10 @@ pub struct Fork {
     pub children: Vec<Forked>,
 }
 
-/// The files of a machine that was saved.
+/// A machine that was saved, and what it takes to go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Saved {
-    dir: PathBuf,
+    pub(crate) files: SavedMachine,
     needs: Needs,
 }
 
@@ -121,22 +122,10 @@ impl Saved {
         let bytes = std::fs::read(&path).map_err(|error| io(doing(), error))?;
         let needs = serde_json::from_slice(&bytes)
             .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))?;
-        Ok(Self { dir, needs })
-    }
-
-    /// Guest memory.
-    pub(crate) fn memory(&self) -> PathBuf {
-        self.dir.join("memory")
-    }
-
-    /// State of the machine's CPUs and devices.
-    pub(crate) fn state(&self) -> PathBuf {
-        self.dir.join("state")
-    }
-
-    /// The writable layer, if the machine has one.
-    pub(crate) fn disk(&self) -> PathBuf {
-        self.dir.join("disk.ext4")
+        Ok(Self {
+            files: SavedMachine::new(dir),
+            needs,
+        })
     }
 
     /// Refuses a host on which the machine could not go on.
@@ -251,7 +240,7 @@ impl Engine {
         let (row, saved, paused) = self.capture(name, &snapshot, Keep::OnDisk).await?;
         Ok(SnapshotInfo {
             paused: Some(paused),
-            ..describe(row, &saved.dir)
+            ..describe(row, saved.files.path())
         })
     }
 
@@ -330,7 +319,9 @@ impl Engine {
         // Opened now, so that nothing stands in the way of cleaning up.
         let mut store = self.store()?;
         let (row, saved, paused) = self.capture(name, &hidden, Keep::ForNow).await?;
-        let outcome = self.start_children(&row, &saved, prefix, children).await;
+        let outcome = self
+            .start_children(&store, &row, &saved, prefix, children)
+            .await;
         let removed = self.destroy_snapshot(&mut store, &row.id);
         let children = outcome?;
         removed?;
@@ -339,6 +330,7 @@ impl Engine {
 
     async fn start_children(
         &self,
+        store: &Store,
         row: &SnapshotRow,
         saved: &Saved,
         prefix: &str,
@@ -348,7 +340,7 @@ impl Engine {
         let mut starting = JoinSet::new();
         let mut number = 0;
         for _ in 0..children {
-            let name = self.unused_child(prefix, &mut number)?;
+            let name = unused_child(store, prefix, &mut number)?;
             let (engine, turns) = (self.clone(), Arc::clone(&turns));
             let (row, saved) = (row.clone(), saved.clone());
             starting.spawn(async move {
@@ -367,18 +359,6 @@ impl Engine {
         let mut forked = starting.join_all().await;
         forked.sort_by_key(|child| (child.name.as_str().len(), child.name.to_string()));
         Ok(forked)
-    }
-
-    /// The next name for a child that no sandbox has at this moment.
-    fn unused_child(&self, prefix: &str, number: &mut u32) -> Result<SandboxName> {
-        let store = self.store()?;
-        loop {
-            *number += 1;
-            let name = format!("{prefix}-{number}");
-            if store.sandbox_named(&name)?.is_none() {
-                return name.parse();
-            }
-        }
     }
 
     // ---- what all of them do ----
@@ -466,7 +446,7 @@ impl Engine {
                 .create_dir("make the snapshot's directory", &dir)?;
             let saved = Saved {
                 needs: Saved::needs_of(&facts)?,
-                dir,
+                files: SavedMachine::new(dir),
             };
             let paused = self.write(&session, &saved, keep).await?;
             if let Keep::OnDisk = keep {
@@ -488,7 +468,7 @@ impl Engine {
     async fn write(&self, session: &Session, saved: &Saved, keep: Keep) -> Result<Duration> {
         use std::os::unix::ffi::OsStrExt;
 
-        let directory = std::path::absolute(&saved.dir)
+        let directory = std::path::absolute(saved.files.path())
             .map_err(|error| io("could not find the current directory", error))?;
         let request = KeeperRequest::Capture(CaptureRequest {
             directory: directory.as_os_str().as_bytes().to_vec().into(),
@@ -500,7 +480,7 @@ impl Engine {
         let text = serde_json::to_vec(&saved.needs).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not describe the snapshot").because(error)
         })?;
-        let path = saved.dir.join(DESCRIPTION);
+        let path = saved.files.path().join(DESCRIPTION);
         let durability = match keep {
             Keep::OnDisk => Durability::Synced,
             Keep::ForNow => Durability::Cached,
@@ -510,7 +490,11 @@ impl Engine {
         if let Keep::OnDisk = keep {
             let (engine, saved) = (self.clone(), saved.clone());
             blocking(move || {
-                for file in [saved.memory(), saved.state(), saved.disk()] {
+                for file in [
+                    saved.files.memory(),
+                    saved.files.state(),
+                    saved.files.disk(),
+                ] {
                     if file.exists() {
                         engine.os().sync("write the snapshot to the disk", &file)?;
                     }
@@ -560,6 +544,17 @@ impl Engine {
             }
         }
         unreachable!("there are not 2^32 snapshots")
+    }
+}
+
+/// The next name for a child that no sandbox has at this moment.
+fn unused_child(store: &Store, prefix: &str, number: &mut u32) -> Result<SandboxName> {
+    loop {
+        *number += 1;
+        let name = format!("{prefix}-{number}");
+        if store.sandbox_named(&name)?.is_none() {
+            return name.parse();
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use smolvm_vmm::{Memory, VmPlan};
 use crate::assets::{Assets, stamp};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::launch::Launch;
+use crate::layout::SavedMachine;
 
 /// What a template is made of. Two sandboxes with equal ingredients may start from one template.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -56,31 +57,9 @@ struct Purpose {
     kernel: PathBuf,
 }
 
-/// A template's files.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Template {
-    dir: PathBuf,
-}
-
-impl Template {
-    /// Guest memory.
-    pub(crate) fn memory(&self) -> PathBuf {
-        self.dir.join("memory")
-    }
-
-    /// State of the machine's CPUs and devices.
-    pub(crate) fn state(&self) -> PathBuf {
-        self.dir.join("state")
-    }
-
-    /// The writable layer, if the machine has one.
-    pub(crate) fn disk(&self) -> PathBuf {
-        self.dir.join("disk.ext4")
-    }
-
-    fn ingredients(&self) -> PathBuf {
-        self.dir.join("template.json")
-    }
+/// Where a template says what it is made of.
+fn description(template: &SavedMachine) -> PathBuf {
+    template.path().join("template.json")
 }
 
 impl Ingredients {
@@ -136,11 +115,9 @@ fn hash(value: &impl Hash) -> u64 {
 }
 
 /// The template of these ingredients, if it is there.
-pub(crate) fn find(assets: &Assets<'_>, ingredients: &Ingredients) -> Result<Option<Template>> {
-    let template = Template {
-        dir: ingredients.dir(&assets.layout.templates()),
-    };
-    match std::fs::read(template.ingredients()) {
+pub(crate) fn find(assets: &Assets<'_>, ingredients: &Ingredients) -> Result<Option<SavedMachine>> {
+    let template = SavedMachine::new(ingredients.dir(&assets.layout.templates()));
+    match std::fs::read(description(&template)) {
         Ok(bytes) => {
             // The name is a hash; what it stands for is compared.
             let same = serde_json::from_slice::<Ingredients>(&bytes)
@@ -149,7 +126,7 @@ pub(crate) fn find(assets: &Assets<'_>, ingredients: &Ingredients) -> Result<Opt
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io(
-            format!("could not read {}", template.ingredients().display()),
+            format!("could not read {}", description(&template).display()),
             error,
         )),
     }
@@ -161,7 +138,7 @@ pub(crate) fn obtain(
     keeper: &Path,
     launch: &Launch,
     disk_mib: Option<u32>,
-) -> Result<Template> {
+) -> Result<SavedMachine> {
     let ingredients = Ingredients::of(launch, keeper, disk_mib)?;
     if let Some(template) = find(assets, &ingredients)? {
         return Ok(template);
@@ -178,20 +155,19 @@ pub(crate) fn obtain(
     // this one, so each has a name of its own.
     let unfinished = format!("{prefix}.making-");
     remove_others(assets, &all, &unfinished)?;
-    let making = Template {
-        dir: all.join(format!("{unfinished}{:016x}", crate::engine::random_u64()?)),
-    };
-    os.create_dir("make the template's directory", &making.dir)?;
+    let name = format!("{unfinished}{:016x}", crate::engine::random_u64()?);
+    let making = SavedMachine::new(all.join(name));
+    os.create_dir("make the template's directory", making.path())?;
     let made = build(assets, keeper, launch, disk_mib, &making, &ingredients);
     if let Err(error) = made {
-        os.remove_tree("remove the half-made template", &making.dir)?;
+        os.remove_tree("remove the half-made template", making.path())?;
         return Err(error);
     }
     let place = ingredients.dir(&all);
     // Only older ones for the same purpose: nothing would use them any more.
     remove_others(assets, &all, &format!("{prefix}-"))?;
-    os.rename("put the template in place at", &making.dir, &place)?;
-    Ok(Template { dir: place })
+    os.rename("put the template in place at", making.path(), &place)?;
+    Ok(SavedMachine::new(place))
 }
 
 /// Removes everything in `all` whose name begins with `prefix`.
@@ -213,7 +189,7 @@ fn build(
     keeper: &Path,
     launch: &Launch,
     disk_mib: Option<u32>,
-    making: &Template,
+    making: &SavedMachine,
     ingredients: &Ingredients,
 ) -> Result<()> {
     let os = assets.os;
@@ -226,7 +202,7 @@ fn build(
         snapshot: Some(making.state()),
         ..launch.clone()
     };
-    let file = making.dir.join("launch.json");
+    let file = making.path().join("launch.json");
     let text = serde_json::to_vec(&plan).map_err(|error| {
         Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
     })?;
@@ -268,7 +244,7 @@ fn build(
     // Last: what has a description is whole.
     os.write_file_atomic(
         "describe the template",
-        &making.ingredients(),
+        &description(making),
         &text,
         0o600,
         cached,
@@ -277,7 +253,7 @@ fn build(
 }
 
 /// The machine of a template: that of the sandbox with the template's own files.
-fn template_plan(vm: &VmPlan, making: &Template) -> VmPlan {
+fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
     let mut vm = VmPlan {
         name: "smolvm-template".to_owned(),
         memory: Memory::File(making.memory()),

@@ -431,15 +431,7 @@ impl Driver {
         let now = Timestamp::now().as_nanosecond();
         Ok(Birth {
             hostname: self.launch.name.clone(),
-            env: self
-                .launch
-                .env
-                .iter()
-                .map(|(name, value)| EnvVar {
-                    name: name.clone().into_bytes().into(),
-                    value: value.clone().into_bytes().into(),
-                })
-                .collect(),
+            env: self.launch.env.iter().map(EnvVar::text).collect(),
             wall_clock_ns: u64::try_from(now).unwrap_or(0),
             entropy: entropy.into(),
             cwd: self

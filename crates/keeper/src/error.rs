@@ -44,13 +44,7 @@ fn said(console: &[String]) -> String {
 impl KeeperError {
     /// It and its causes on one line.
     pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(source) = cause {
-            text = format!("{text}: {source}");
-            cause = source.source();
-        }
-        text
+        smolvm_engine::in_one_line(self)
     }
 
     pub(crate) fn io(doing: &'static str, source: std::io::Error) -> Self {

@@ -31,15 +31,8 @@ impl Driver {
         };
         *deadline = Instant::now() + WARM_TIME;
         let words = command.argv.iter();
-        let request = Request::Exec(ExecRequest {
-            argv: words.map(|word| word.clone().into_bytes().into()).collect(),
-            env: Vec::new(),
-            cwd: None,
-            user: None,
-            timeout_ms: None,
-            terminal: None,
-            stdin: false,
-        });
+        let argv = words.map(|word| word.clone().into_bytes().into()).collect();
+        let request = Request::Exec(ExecRequest::plain(argv));
         self.guest
             .send(Frame::message(WARM_STREAM, Kind::Open, &request));
         true

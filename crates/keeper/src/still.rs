@@ -4,9 +4,10 @@
 //! because a copy of it will talk to another host ([`smolvm_proto::rejoin`]). So it is asked first;
 //! what comes for it meanwhile is held back.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use jiff::Timestamp;
+use smolvm_engine::layout::SavedMachine;
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{Captured, Done, KeeperEvent};
 use smolvm_proto::message::Request;
@@ -159,13 +160,14 @@ impl Driver {
     /// Writes the machine to `directory`: memory, state, and its own disk if it has one. It stands
     /// still afterwards. Returns since when.
     async fn capture(&mut self, directory: &Path) -> Result<std::time::Instant, KeeperError> {
+        let files = SavedMachine::new(directory.to_owned());
         let still = self
             .vm
-            .snapshot(&directory.join("state"), Some(&directory.join("memory")))
+            .snapshot(&files.state(), Some(&files.memory()))
             .await?;
         let own_disk = self.launch.vm.disks.iter().find(|disk| !disk.read_only);
         if let Some(disk) = own_disk {
-            let (from, to): (PathBuf, _) = (disk.path.clone(), directory.join("disk.ext4"));
+            let (from, to) = (disk.path.clone(), files.disk());
             tokio::task::spawn_blocking(move || {
                 Os::new().copy_sparse("copy the sandbox's disk to", &from, &to)
             })

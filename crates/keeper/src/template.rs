@@ -100,13 +100,8 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
     let ready = async {
         link.hear(Kind::Hello).await?;
         let warm = Request::Exec(ExecRequest {
-            argv: vec![b"true".to_vec().into()],
-            env: Vec::new(),
-            cwd: None,
-            user: None,
             timeout_ms: Some(launch.boot_timeout_ms),
-            terminal: None,
-            stdin: false,
+            ..ExecRequest::plain(vec![b"true".to_vec().into()])
         });
         link.say(&Frame::message(WARM_STREAM, Kind::Open, &warm))
             .await?;

@@ -166,18 +166,26 @@ async fn copies(engine: &Engine) -> Result<()> {
     engine.remove_snapshot("s")
 }
 
+/// A pool for sandboxes like [`spec`]'s.
+fn pool(size: u32, commands: &[&str]) -> PoolSpec {
+    let sandbox = spec("a");
+    PoolSpec {
+        image: sandbox.image,
+        cpus: sandbox.cpus,
+        memory_mib: sandbox.memory_mib,
+        disk_mib: sandbox.disk_mib,
+        disk_mode: sandbox.disk_mode,
+        size,
+        commands: commands
+            .iter()
+            .map(|command| (*command).to_owned())
+            .collect(),
+    }
+}
+
 /// A pool is filled, used and removed.
 async fn pooled(engine: &Engine) -> Result<()> {
-    let pool = |size| PoolSpec {
-        image: "debian-12".to_owned(),
-        cpus: spec("a").cpus,
-        memory_mib: spec("a").memory_mib,
-        disk_mib: spec("a").disk_mib,
-        disk_mode: spec("a").disk_mode,
-        size,
-        commands: vec!["warm".to_owned()],
-    };
-    engine.set_pool(&pool(1), &mut |_| {}).await?;
+    engine.set_pool(&pool(1, &["warm"]), &mut |_| {}).await?;
     match engine.claim(&spec("a")).await? {
         Some((session, _)) => assert_eq!(output(&session, &["hello"]).await?, "hello"),
         // Its keeper may not have been told in time.
@@ -186,7 +194,7 @@ async fn pooled(engine: &Engine) -> Result<()> {
         }
     }
     engine.delete("a").await?;
-    engine.set_pool(&pool(0), &mut |_| {}).await
+    engine.set_pool(&pool(0, &["warm"]), &mut |_| {}).await
 }
 
 /// Fails the nth effect, and if `forever` all after it.
@@ -354,15 +362,7 @@ async fn a_paused_sandbox_says_so_and_can_be_ended() {
 async fn a_member_is_claimed_by_one() {
     let home = Home::new();
     let engine = home.engine();
-    let pool = PoolSpec {
-        image: "debian-12".to_owned(),
-        cpus: spec("a").cpus,
-        memory_mib: spec("a").memory_mib,
-        disk_mib: spec("a").disk_mib,
-        disk_mode: spec("a").disk_mode,
-        size: 3,
-        commands: Vec::new(),
-    };
+    let pool = pool(3, &[]);
     engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
     assert!(
         engine.list().expect("a list").is_empty(),
@@ -407,21 +407,12 @@ async fn a_member_is_claimed_by_one() {
     home.assert_clean("after claims");
 }
 
-/// A claim that makes an ephemeral sandbox is bound to the process that makes it, and members whose
-/// keeper died are not offered.
+/// Members whose keeper died are not offered.
 #[tokio::test]
 async fn a_member_whose_keeper_died_is_passed_over() {
     let home = Home::new();
     let engine = home.engine();
-    let pool = PoolSpec {
-        image: "debian-12".to_owned(),
-        cpus: spec("a").cpus,
-        memory_mib: spec("a").memory_mib,
-        disk_mib: spec("a").disk_mib,
-        disk_mode: spec("a").disk_mode,
-        size: 2,
-        commands: Vec::new(),
-    };
+    let pool = pool(2, &[]);
     engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
     let store = Store::open(&home.layout().database()).expect("a store");
     let holder = store.sandboxes().expect("rows")[0].holder.clone();

@@ -76,6 +76,33 @@ pub struct EnvVar {
     pub value: ByteVec,
 }
 
+impl EnvVar {
+    /// A variable whose name and value are text.
+    #[must_use]
+    pub fn text((name, value): &(String, String)) -> Self {
+        Self {
+            name: name.clone().into_bytes().into(),
+            value: value.clone().into_bytes().into(),
+        }
+    }
+}
+
+impl ExecRequest {
+    /// A command with no input, in the environment, directory and user that every command has.
+    #[must_use]
+    pub fn plain(argv: Vec<ByteVec>) -> Self {
+        Self {
+            argv,
+            env: Vec::new(),
+            cwd: None,
+            user: None,
+            timeout_ms: None,
+            terminal: None,
+            stdin: false,
+        }
+    }
+}
+
 /// Size of a terminal in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct WindowSize {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use rustix::fs::FlockOperation;
@@ -235,6 +235,24 @@ impl Home {
     #[track_caller]
     pub fn sh(&self, name: &str, script: &str) -> String {
         self.exec(name, &["sh", "-ec", script]).ok().out()
+    }
+
+    /// Insists that the clock of sandbox `name` is right.
+    ///
+    /// # Panics
+    ///
+    /// If it is more than two seconds off.
+    #[track_caller]
+    pub fn is_on_time(&self, name: &str) {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("a clock after 1970")
+            .as_secs();
+        let theirs: u64 = self.sh(name, "date +%s").trim().parse().expect("a number");
+        assert!(
+            now.abs_diff(theirs) <= 2,
+            "it is {now}, {name} says {theirs}"
+        );
     }
 
     /// Deletes sandboxes.

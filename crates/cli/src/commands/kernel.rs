@@ -85,10 +85,7 @@ pub(crate) fn build(args: &BuildArgs, cx: &Context) -> Result<Outcome, CliError>
     Ok(json!({
         "built": done.built,
         "kernel": object(&done.kernel),
-        "phases": phases
-            .iter()
-            .map(|(phase, time)| json!({ "name": phase, "ms": units::millis(*time) }))
-            .collect::<Vec<Value>>(),
+        "phases": prepare::phases(&phases),
         "duration_ms": units::millis(began.elapsed()),
     })
     .into())

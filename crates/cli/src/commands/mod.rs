@@ -150,14 +150,16 @@ fn in_guest(command: &Command) -> bool {
     }
 }
 
+/// A command's dotted name, and its function with its arguments.
+macro_rules! verb {
+    ($name:literal, $function:path, $args:expr) => {{
+        let args = $args;
+        ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
+    }};
+}
+
 /// Finds a command's dotted name, the same for its short and its long form, and its function.
 fn verb(command: Command) -> (&'static str, Verb) {
-    macro_rules! verb {
-        ($name:literal, $function:path, $args:expr) => {{
-            let args = $args;
-            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
-        }};
-    }
     match command {
         Command::Run(args) => verb!("run", run::run, args),
         Command::Create(args) => sandbox(SandboxCommand::Create(args)),
@@ -208,12 +210,6 @@ fn verb(command: Command) -> (&'static str, Verb) {
 }
 
 fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
-    macro_rules! verb {
-        ($name:literal, $function:path, $args:expr) => {{
-            let args = $args;
-            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
-        }};
-    }
     match command {
         SandboxCommand::Create(args) => verb!("sandbox.create", create::run, args),
         SandboxCommand::List(args) => verb!("sandbox.list", list::run, args),
@@ -235,12 +231,6 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
 }
 
 fn snapshot(command: Option<SnapshotCommand>) -> (&'static str, Verb) {
-    macro_rules! verb {
-        ($name:literal, $function:path, $args:expr) => {{
-            let args = $args;
-            ($name, Verb::Do(Box::new(move |cx| $function(&args, cx))))
-        }};
-    }
     match command {
         Some(SnapshotCommand::Create(args)) => verb!("snapshot.create", snapshot::create, args),
         Some(SnapshotCommand::List(args)) => verb!("snapshot.list", snapshot::list, args),
@@ -252,17 +242,9 @@ fn snapshot(command: Option<SnapshotCommand>) -> (&'static str, Verb) {
 
 fn file(command: Option<FileCommand>) -> (&'static str, Verb) {
     match command {
-        Some(FileCommand::Upload(args)) => (
-            "file.upload",
-            Verb::Do(Box::new(move |cx| file::upload(&args, cx))),
-        ),
-        Some(FileCommand::Download(args)) => (
-            "file.download",
-            Verb::Do(Box::new(move |cx| file::download(&args, cx))),
-        ),
-        Some(FileCommand::Ls(args)) => {
-            ("file.ls", Verb::Do(Box::new(move |cx| file::ls(&args, cx))))
-        }
+        Some(FileCommand::Upload(args)) => verb!("file.upload", file::upload, args),
+        Some(FileCommand::Download(args)) => verb!("file.download", file::download, args),
+        Some(FileCommand::Ls(args)) => verb!("file.ls", file::ls, args),
         None => ("file", Verb::Help(&["file"])),
     }
 }

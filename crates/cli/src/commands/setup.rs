@@ -70,10 +70,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         "image": args.image,
         "installed_packages": installed,
         "prepared": assets,
-        "phases": phases
-            .iter()
-            .map(|(phase, time)| json!({ "name": phase, "ms": units::millis(*time) }))
-            .collect::<Vec<Value>>(),
+        "phases": prepare::phases(&phases),
         "duration_ms": units::millis(began.elapsed()),
     })
     .into())

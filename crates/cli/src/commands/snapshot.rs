@@ -2,6 +2,7 @@
 
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
+use smolvm_engine::layout::SavedMachine;
 use smolvm_engine::{SandboxName, SnapshotInfo};
 
 use super::{Context, Outcome, block_on};
@@ -161,6 +162,7 @@ pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliErro
 }
 
 fn describe(snapshot: &SnapshotInfo) -> Value {
+    let files = SavedMachine::new(snapshot.path.clone());
     json!({
         "snapshot_id": snapshot.name,
         "vm_id": snapshot.sandbox,
@@ -172,9 +174,9 @@ fn describe(snapshot: &SnapshotInfo) -> Value {
         "size_bytes": snapshot.size_bytes,
         "created_at": snapshot.created_at,
         "artifacts": {
-            "state_path": snapshot.path.join("state"),
-            "memory_path": snapshot.path.join("memory"),
-            "disk_path": snapshot.path.join("disk.ext4"),
+            "state_path": files.state(),
+            "memory_path": files.memory(),
+            "disk_path": files.disk(),
         },
     })
 }

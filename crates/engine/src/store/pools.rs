@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use rusqlite::{Row, params};
+use rusqlite::{Params, Row, params};
 
 use super::rows::{column, from_sql, instant};
 use super::{Store, sql};
@@ -122,30 +122,25 @@ impl Store {
 
     /// Counts a sandbox that found the pool empty.
     pub fn count_pool_miss(&mut self, id: &str) -> Result<()> {
-        self.pool(
-            "UPDATE pools SET misses = misses + 1 WHERE id = ?1",
-            id,
-            None,
-        )
+        let text = "UPDATE pools SET misses = misses + 1 WHERE id = ?1";
+        self.change(text, id, params![id])
     }
 
     /// Records why filling a pool ended early, or that it did not.
     pub fn set_pool_failure(&mut self, id: &str, failure: Option<&str>) -> Result<()> {
-        self.pool("UPDATE pools SET failure = ?2 WHERE id = ?1", id, failure)
+        let text = "UPDATE pools SET failure = ?2 WHERE id = ?1";
+        self.change(text, id, params![id, failure])
     }
 
     /// Removes a pool's row. Idempotent.
     pub fn delete_pool(&mut self, id: &str) -> Result<()> {
-        self.pool("DELETE FROM pools WHERE id = ?1", id, None)
+        self.change("DELETE FROM pools WHERE id = ?1", id, params![id])
     }
 
-    fn pool(&mut self, text: &str, id: &str, value: Option<&str>) -> Result<()> {
+    fn change(&mut self, text: &str, id: &str, values: impl Params) -> Result<()> {
         self.connection
             .prepare_cached(text)
-            .and_then(|mut statement| match statement.parameter_count() {
-                1 => statement.execute([id]),
-                _ => statement.execute(params![id, value]),
-            })
+            .and_then(|mut statement| statement.execute(values))
             .map(|_| ())
             .map_err(|error| sql(format!("could not change the record of pool {id}"), error))
     }

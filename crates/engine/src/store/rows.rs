@@ -279,13 +279,21 @@ impl Store {
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
     /// moves it to `deleting`. It is nobody's then: if this process fails, any other may go on, unless
     /// a keeper has its lock. Idempotent.
-    pub fn begin_delete(&mut self, id: &str, now: Timestamp) -> Result<()> {
-        self.transition(id, &State::ALL, State::Deleting, None, now)?;
+    pub fn begin_delete(&mut self, id: &str) -> Result<()> {
         self.connection
-            .prepare_cached("UPDATE sandboxes SET name = ?2, holder_pid = NULL, holder_start = NULL WHERE id = ?1")
+            .prepare_cached(
+                "UPDATE sandboxes SET state = 'deleting', reason = NULL, paused_ms = NULL, name = ?2, \
+                 holder_pid = NULL, holder_start = NULL WHERE id = ?1",
+            )
             .and_then(|mut statement| statement.execute([id, SandboxName::hidden(id).as_str()]))
             .map(|_| ())
-            .map_err(|error| sql(format!("could not free the name of sandbox {id}"), error))
+            .map_err(|error| {
+                let deleting = State::Deleting;
+                sql(
+                    format!("could not record that sandbox {id} is {deleting}"),
+                    error,
+                )
+            })
     }
 
     /// Moves a sandbox to `starting` with `holder` as the process that starts it, if it is in one
@@ -619,7 +627,7 @@ fn insert_env(
     Ok(())
 }
 
-fn name_taken(name: &SandboxName) -> Error {
+pub(crate) fn name_taken(name: &SandboxName) -> Error {
     Error::new(
         ErrorKind::AlreadyExists,
         format!("a sandbox named `{name}` exists already"),
@@ -823,8 +831,8 @@ pub(crate) mod tests {
     fn a_name_is_free_once_its_sandbox_is_being_deleted() {
         let (_dir, mut store) = store();
         store.insert_sandbox(&row("a")).expect("written");
-        store.begin_delete("id-a", now()).expect("deleting");
-        store.begin_delete("id-a", now()).expect("again");
+        store.begin_delete("id-a").expect("deleting");
+        store.begin_delete("id-a").expect("again");
         assert_eq!(store.sandbox_named("a").expect("read"), None);
         let mut second = row("a");
         second.id = "other".to_owned();

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::process::Signal;
 use smolvm_testkit::{Entries, Home, processes_mentioning};
@@ -58,15 +57,7 @@ fn sandboxes_from_one_template_differ_where_they_must() {
         for line in home.sh(name, IDENTITY).lines() {
             assert!(said.insert(line.to_owned()), "two guests say {line}");
         }
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("a clock after 1970")
-            .as_secs();
-        let theirs: u64 = home.sh(name, "date +%s").trim().parse().expect("a number");
-        assert!(
-            now.abs_diff(theirs) <= 2,
-            "it is {now}, {name} says {theirs}"
-        );
+        home.is_on_time(name);
         assert_eq!(
             home.sh(name, "echo $WHO; hostname"),
             format!("{name}\n{name}\n")
