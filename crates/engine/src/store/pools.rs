@@ -92,32 +92,25 @@ impl Store {
 
     /// All pools, oldest first.
     pub fn pools(&self) -> Result<Vec<PoolRow>> {
-        let doing = "could not read the pools in the state database";
-        let mut rows = self
-            .connection
-            .prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM pools ORDER BY created_ms, id"
-            ))
-            .and_then(|mut statement| {
-                statement
-                    .query_map([], read)
-                    .and_then(Iterator::collect::<rusqlite::Result<Vec<_>>>)
-            })
-            .map_err(|error| sql(doing, error))?;
-        for row in &mut rows {
-            row.commands = self
+        let read_all = || {
+            let mut rows = self
                 .connection
-                .prepare_cached(
-                    "SELECT command FROM pool_commands WHERE pool_id = ? ORDER BY position",
-                )
-                .and_then(|mut statement| {
-                    statement
-                        .query_map([&row.id], |row| row.get(0))
-                        .and_then(Iterator::collect)
-                })
-                .map_err(|error| sql(doing, error))?;
-        }
-        Ok(rows)
+                .prepare_cached(&format!(
+                    "SELECT {COLUMNS} FROM pools ORDER BY created_ms, id"
+                ))?
+                .query_map([], read)?
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            let mut commands = self.connection.prepare_cached(
+                "SELECT command FROM pool_commands WHERE pool_id = ? ORDER BY position",
+            )?;
+            for row in &mut rows {
+                row.commands = commands
+                    .query_map([&row.id], |row| row.get(0))?
+                    .collect::<rusqlite::Result<_>>()?;
+            }
+            Ok(rows)
+        };
+        read_all().map_err(|error| sql("could not read the pools in the state database", error))
     }
 
     /// Counts a sandbox that found the pool empty.

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use rusqlite::{OptionalExtension, Row, named_params, params};
+use rusqlite::{Row, named_params, params};
 use smolvm_host::process::ProcessIdentity;
 
 use super::rows::{column, from_sql, instant, to_sql};
@@ -184,50 +184,32 @@ impl Store {
 
     /// All snapshots, oldest first.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRow>> {
-        let doing = "could not read the snapshots in the state database";
-        let mut rows = self
-            .connection
-            .prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM snapshots ORDER BY created_ms, id"
-            ))
-            .and_then(|mut statement| {
-                statement
-                    .query_map([], read)
-                    .and_then(Iterator::collect::<rusqlite::Result<Vec<_>>>)
-            })
-            .map_err(|error| sql(doing, error))?;
-        for row in &mut rows {
-            row.env = self
-                .snapshot_env(&row.id)
-                .map_err(|error| sql(doing, error))?;
-        }
-        Ok(rows)
+        self.select_snapshots("ORDER BY created_ms, id", &[])
     }
 
     /// A snapshot by its name.
     pub fn snapshot_named(&self, name: &str) -> Result<Option<SnapshotRow>> {
-        let doing = "could not read the snapshots in the state database";
-        let row = self
-            .connection
-            .prepare_cached(&format!("SELECT {COLUMNS} FROM snapshots WHERE name = ?"))
-            .and_then(|mut statement| statement.query_row([name], read).optional())
-            .map_err(|error| sql(doing, error))?;
-        let Some(mut row) = row else {
-            return Ok(None);
-        };
-        row.env = self
-            .snapshot_env(&row.id)
-            .map_err(|error| sql(doing, error))?;
-        Ok(Some(row))
+        Ok(self.select_snapshots("WHERE name = ?", &[name])?.pop())
     }
 
-    fn snapshot_env(&self, id: &str) -> rusqlite::Result<Vec<(String, String)>> {
-        self.connection
-            .prepare_cached(
+    fn select_snapshots(&self, clause: &str, values: &[&str]) -> Result<Vec<SnapshotRow>> {
+        let read_all = || {
+            let mut rows = self
+                .connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM snapshots {clause}"))?
+                .query_map(rusqlite::params_from_iter(values), read)?
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            let mut env = self.connection.prepare_cached(
                 "SELECT name, value FROM snapshot_env WHERE snapshot_id = ? ORDER BY name",
-            )?
-            .query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?
-            .collect()
+            )?;
+            for row in &mut rows {
+                row.env = env
+                    .query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect::<rusqlite::Result<_>>()?;
+            }
+            Ok(rows)
+        };
+        read_all().map_err(|error| sql("could not read the snapshots in the state database", error))
     }
 }
 
