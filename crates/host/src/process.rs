@@ -170,6 +170,27 @@ pub fn boot_id() -> Result<String, HostError> {
     Ok(text.trim_end().to_owned())
 }
 
+/// How long a process had to wait for a processor, since it started: the time its threads were ready
+/// to run and did not, of the one that waited longest. Never more than the process is old.
+///
+/// `None` if there is no such process, or the kernel does not count (`CONFIG_SCHED_INFO`).
+#[must_use]
+pub fn waited_for_processor(pid: u32) -> Option<Duration> {
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .ok()?
+        // A thread may end meanwhile.
+        .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("schedstat")).ok())
+        .filter_map(|text| parse_waited(&text))
+        .max()
+}
+
+/// The second of three numbers, in nanoseconds: "time spent waiting on a runqueue"
+/// (Documentation/scheduler/sched-stats.rst).
+fn parse_waited(text: &str) -> Option<Duration> {
+    let field = text.split_ascii_whitespace().nth(1)?;
+    field.parse().ok().map(Duration::from_nanos)
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     state: u8,
@@ -245,6 +266,16 @@ mod tests {
         );
         assert_eq!(parse_stat(b"42 (a) S 1 2 3"), None);
         assert_eq!(parse_stat(b""), None);
+    }
+
+    #[test]
+    fn the_time_on_a_run_queue_is_the_second_number() {
+        let waited = parse_waited("6209120 3050975 17\n");
+        assert_eq!(waited, Some(Duration::from_nanos(3_050_975)));
+        assert_eq!(parse_waited("1"), None);
+        assert_eq!(parse_waited("1 x 2"), None);
+        // Above the kernel's largest number.
+        assert_eq!(waited_for_processor(1 << 30), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
 use smolvm_engine::launch::{Launch, Restore};
+use smolvm_host::process::waited_for_processor;
 use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::version::{Hello, Nonce};
@@ -17,15 +18,20 @@ use smolvm_vmm::{Backend, Vm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::console::{self, Tail};
 use crate::error::KeeperError;
 
 /// The builder's own stream.
 const WARM_STREAM: u32 = 1;
-/// Most time a copy may take to answer, if a boot may take as long. Restored ones take a tenth of a
-/// second under emulation; a boot, which is what comes after, takes some seconds.
-const WAKE_TIME: Duration = Duration::from_secs(20);
+/// Most time a copy may take to answer that has a boot to fall back to, not counting the time it waits
+/// for a processor. One alone takes a twentieth of a second under emulation, of which it waits next to
+/// nothing; of 200 restored at once the last took ten seconds, and waited most of them. To give those up
+/// and boot in their place would be to do twenty times the work on a host that has too much already.
+const WAKE_TIME: Duration = Duration::from_secs(10);
+/// A copy that is starved may have used up its time all but a moment; so long it is left alone.
+const WAKE_STEP: Duration = Duration::from_millis(100);
 
 /// A machine with its two streams, and the Hello of its guest if that was heard already.
 #[derive(Debug)]
@@ -66,17 +72,63 @@ pub(crate) async fn wake(
         Ok::<_, std::io::Error>((link.into_std()?, greeting))
     };
     // One that has no boot to fall back to is given the time that a boot would have.
-    let boot = Duration::from_millis(launch.boot_timeout_ms);
-    let limit = if or_boot { WAKE_TIME.min(boot) } else { boot };
-    let (channel, greeting) = tokio::time::timeout(limit, talk)
+    let most = Duration::from_millis(launch.boot_timeout_ms);
+    let own = if or_boot { WAKE_TIME } else { most };
+    let pid = started.vm.pid();
+    let (channel, greeting) = unless_stuck(pid, own, most, talk)
         .await
-        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
         .map_err(|error| KeeperError::io("wake a copy of the template", error))?;
     Ok(Started {
         channel,
         greeting: Some(greeting),
         ..started
     })
+}
+
+/// Waits for `answer` of a machine's guest until the machine has had a processor for `own`, or `most` is
+/// over. The error says which of the two kept it from answering.
+async fn unless_stuck<T>(
+    pid: u32,
+    own: Duration,
+    most: Duration,
+    answer: impl Future<Output = std::io::Result<T>>,
+) -> std::io::Result<T> {
+    let waited = || waited_for_processor(pid).unwrap_or_default();
+    let (begun, before) = (Instant::now(), waited());
+    let mut answer = std::pin::pin!(answer);
+    let mut step = own.min(most);
+    loop {
+        if let Ok(answer) = tokio::time::timeout(step, &mut answer).await {
+            return answer;
+        }
+        let passed = begun.elapsed();
+        let starved = waited().saturating_sub(before);
+        match time_left(passed, starved, own, most) {
+            Some(left) => step = left,
+            None => {
+                let text = format!(
+                    "it did not answer for {:.1} s, of which it waited {:.1} s for a processor",
+                    passed.as_secs_f64(),
+                    starved.as_secs_f64(),
+                );
+                return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, text));
+            }
+        }
+    }
+}
+
+/// How long to wait on, after `passed`, of which there was no processor for `starved`; `None` if the
+/// machine has had its time.
+fn time_left(
+    passed: Duration,
+    starved: Duration,
+    own: Duration,
+    most: Duration,
+) -> Option<Duration> {
+    let had = passed.saturating_sub(starved);
+    let left = most.checked_sub(passed).filter(|left| !left.is_zero())?;
+    let own_left = own.checked_sub(had).filter(|left| !left.is_zero())?;
+    Some(own_left.max(WAKE_STEP).min(left))
 }
 
 /// Boots a machine and saves it, when its guest is ready, at `launch.snapshot`.
@@ -216,5 +268,49 @@ impl Link {
 
     fn into_std(self) -> std::io::Result<StdUnixStream> {
         self.socket.into_std()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn time_without_a_processor_does_not_count() {
+        // Idle or busy with itself: it has had its time.
+        assert_eq!(time_left(s(5), s(0), s(5), s(60)), None);
+        // Starved all the while: as if nothing had passed.
+        assert_eq!(time_left(s(5), s(5), s(5), s(60)), Some(s(5)));
+        assert_eq!(time_left(s(9), s(6), s(5), s(60)), Some(s(2)));
+        // Not for ever.
+        assert_eq!(time_left(s(58), s(58), s(5), s(60)), Some(s(2)));
+        assert_eq!(time_left(s(60), s(60), s(5), s(60)), None);
+        // Several threads count more than one clock does.
+        assert_eq!(time_left(s(5), s(7), s(5), s(60)), Some(s(5)));
+        // A moment is rounded up, but not over the end.
+        let nearly = s(5) - Duration::from_nanos(1);
+        assert_eq!(time_left(nearly, s(0), s(5), s(60)), Some(WAKE_STEP));
+        assert_eq!(time_left(nearly, s(0), s(5), s(5)), Some(s(5) - nearly));
+    }
+
+    #[test]
+    fn a_machine_that_has_its_processor_and_is_silent_is_given_up() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .expect("a runtime");
+        let silent = std::future::pending::<std::io::Result<()>>();
+        // No process has this number, so nothing was waited for.
+        let waiting = unless_stuck(1 << 30, Duration::from_millis(1), s(60), silent);
+        let error = runtime.block_on(waiting).expect_err("no answer");
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+        assert!(
+            error.to_string().contains("0.0 s for a processor"),
+            "{error}"
+        );
     }
 }

@@ -79,6 +79,30 @@ fn sandboxes_from_one_template_differ_where_they_must() {
     home.rm(&names);
 }
 
+/// Rounds of three copies at once.
+const ROUNDS: usize = 12;
+
+#[test]
+fn every_copy_answers() {
+    let home = Home::new(3);
+    for round in 0..ROUNDS {
+        let names = ["a", "b", "c"].map(|name| format!("{name}{round}"));
+        let creates = names
+            .each_ref()
+            .map(|name| home.smolvm(["create", "--name", name]).spawn());
+        for create in creates {
+            create.wait().ok();
+        }
+        for name in &names {
+            assert!(
+                restored(&home, name),
+                "{name} booted; its keeper's log says why"
+            );
+        }
+        home.rm(&names.each_ref().map(String::as_str));
+    }
+}
+
 #[test]
 fn templates_can_be_switched_off() {
     let home = Home::new(1);
