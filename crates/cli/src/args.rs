@@ -8,7 +8,7 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, pause, pool, prune, run, setup, shell, snapshot, start, stop,
+    list, logs, pause, pool, prune, run, setup, shell, snapshot, start, stop, template,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -106,6 +106,8 @@ pub(crate) enum Command {
     Rm(delete::Args),
     /// Make an image of a running sandbox
     Commit(commit::Args),
+    /// Remove what nothing needs any more: leftovers of crashes, stale templates
+    Prune(prune::Args),
     /// Everything that can be done with sandboxes
     #[command(
         alias = "computer",
@@ -124,6 +126,9 @@ pub(crate) enum Command {
     /// Kernels guests boot
     #[command(after_help = "Example:\n  smolvm kernel build")]
     Kernel(Kernel),
+    /// Machines booted ahead, which new sandboxes are copies of
+    #[command(after_help = "Example:\n  smolvm template ls")]
+    Template(Template),
     /// Check whether this host can run sandboxes
     Doctor(doctor::Args),
     /// Prepare this host: programs, kernel, image
@@ -173,7 +178,7 @@ pub(crate) enum SandboxCommand {
     Logs(logs::Args),
     /// Make an image of a running sandbox
     Commit(commit::Args),
-    /// Remove what no sandbox owns any more
+    /// Remove what nothing needs any more: leftovers of crashes, stale templates
     Prune(prune::Args),
     /// Files of a sandbox
     #[command(hide = true)]
@@ -282,6 +287,26 @@ pub(crate) enum KernelCommand {
     /// Remove kernels that no sandbox boots
     #[command(alias = "delete")]
     Rm(kernel::RemoveArgs),
+}
+
+/// `smolvm template`.
+#[derive(Debug, Args)]
+pub(crate) struct Template {
+    #[command(subcommand)]
+    pub(crate) command: Option<TemplateCommand>,
+}
+
+/// The verbs of `smolvm template`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// Boot a machine ahead of the first sandbox
+    Build(template::BuildArgs),
+    /// List the templates, and why one is stale
+    #[command(alias = "list")]
+    Ls(template::ListArgs),
+    /// Remove templates
+    #[command(alias = "delete")]
+    Rm(template::RemoveArgs),
 }
 
 /// `smolvm bench`.

@@ -54,6 +54,19 @@ pub(crate) fn images() -> Vec<CompletionCandidate> {
         .collect()
 }
 
+/// The templates, as candidates.
+pub(crate) fn templates() -> Vec<CompletionCandidate> {
+    let templates = engine().and_then(|engine| engine.templates().ok());
+    templates
+        .unwrap_or_default()
+        .into_iter()
+        .map(|template| {
+            let state = template.stale.unwrap_or_else(|| "current".to_owned());
+            CompletionCandidate::new(template.id).help(Some(state.into()))
+        })
+        .collect()
+}
+
 /// The engine as the environment alone wants it.
 fn engine() -> Option<Engine> {
     let globals = Globals {

@@ -92,6 +92,15 @@ pub(crate) async fn image(
     .await
 }
 
+/// Tells a person what the engine wants the caller to know, one line for each.
+pub(crate) fn warn(cx: &Context, warnings: &[String]) {
+    for warning in warnings {
+        // A reason may quote a guest's console; it must not drive the terminal.
+        let text = warning.replace(char::is_control, " ");
+        cx.out.status(&format!("warning: {text}"));
+    }
+}
+
 /// Says that guests are emulated, and why; an emulated guest is slow enough to be asked about.
 pub(crate) fn note_emulation(cx: &Context, engine: &Engine) {
     if cx.out.quiet || cx.out.json || !(cx.world.stderr_terminal || cx.verbose) {

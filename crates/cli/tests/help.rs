@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 48] = [
+const COMMANDS: [&str; 52] = [
     "",
     "run",
     "create",
@@ -49,6 +49,10 @@ const COMMANDS: [&str; 48] = [
     "kernel build",
     "kernel ls",
     "kernel rm",
+    "template",
+    "template build",
+    "template ls",
+    "template rm",
     "doctor",
     "setup",
     "completion",
@@ -76,7 +80,8 @@ fn every_command_explains_itself() {
 fn a_command_without_its_verb_prints_its_help() {
     let home = Home::new();
     for command in [
-        "", "sandbox", "computer", "file", "snapshot", "pool", "image", "kernel", "bench",
+        "", "sandbox", "computer", "file", "snapshot", "pool", "image", "kernel", "template",
+        "bench",
     ] {
         let mut args: Vec<&str> = command.split_whitespace().collect();
         let output = home.command(&args).output().expect("smolvm runs");

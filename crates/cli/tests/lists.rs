@@ -70,6 +70,34 @@ fn an_empty_store_is_listed_without_making_it() {
         }
         --- exit 0
     "#);
+    insta::assert_snapshot!(home.run(&["template", "ls"]), @r"
+        $ smolvm template ls
+        ID   IMAGE   KERNEL   CPUS   MEMORY   DISK   SIZE   CREATED   STATE
+        --- exit 0
+    ");
+    insta::assert_snapshot!(home.run(&["template", "list", "--json"]), @r#"
+        $ smolvm template list --json
+        {
+          "ok": true,
+          "command": "template.ls",
+          "exit_code": 0,
+          "data": {
+            "templates": []
+          },
+          "error": null
+        }
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(home.run(&["template", "rm", "--all"]), @r"
+        $ smolvm template rm --all
+        --- exit 0
+    ");
+    insta::assert_snapshot!(home.run(&["prune", "--dry-run"]), @r"
+        $ smolvm prune --dry-run
+        --- stderr
+        0 would be removed, 0 B
+        --- exit 0
+    ");
     assert!(!home.path("data").exists(), "listing makes nothing");
 }
 
@@ -86,6 +114,7 @@ fn both_forms_of_a_command_answer_alike() {
             &["rm", "x", "--json"],
             &["computer", "delete", "x", "--json"],
         ),
+        (&["prune", "--json"], &["sandbox", "prune", "--json"]),
         (
             &["commit", "x", "y", "--json"],
             &["sandbox", "commit", "x", "y", "--json"],

@@ -152,6 +152,44 @@ fn images_that_cannot_be_made_or_removed() {
 }
 
 #[test]
+fn templates_that_are_not_there() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["template", "rm"]), @r"
+        $ smolvm template rm
+        --- stderr
+        error: the following required arguments were not provided:
+          <ID>...
+
+        Usage: smolvm template rm <ID>...
+
+        For more information, try '--help'.
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["template", "rm", "0123456789abcdef"]), @r"
+        $ smolvm template rm 0123456789abcdef
+        --- stderr
+        error: there is no template `0123456789abcdef`
+        hint: see the templates with `smolvm template ls`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["template", "build", "tools:v1"]), @r"
+        $ smolvm template build tools:v1
+        --- stderr
+        error: there is no image named `tools:v1`
+        hint: see the images with `smolvm image list`; the default is `debian-12`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["template", "build", "--memory", "64"]), @r"
+        $ smolvm template build --memory 64
+        --- stderr
+        error: memory of 64 MiB is below the least, 128 MiB
+        hint: give --memory a value from 128 to 32768
+        --- exit 2
+    ");
+    assert!(!home.path("data").exists(), "nothing was made for it");
+}
+
+#[test]
 fn values_out_of_bounds() {
     let home = Home::new();
     insta::assert_snapshot!(home.run(&["create", "--name", "Box!"]), @r"

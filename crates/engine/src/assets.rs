@@ -103,9 +103,7 @@ impl Assets<'_> {
 
     /// The initial RAM file system for a kernel and an agent; written if either is new.
     pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
-        let path = kernel
-            .dir
-            .join(format!("initramfs-{:016x}.cpio", stamp("agent", agent)?));
+        let path = Self::initramfs_path(kernel, agent)?;
         if !path.exists() {
             write_initramfs(
                 self.os,
@@ -117,6 +115,12 @@ impl Assets<'_> {
             )?;
         }
         Ok(path)
+    }
+
+    /// Where the initial RAM file system for a kernel and an agent is, or will be.
+    pub(crate) fn initramfs_path(kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
+        let agent = stamp("agent", agent)?;
+        Ok(kernel.dir.join(format!("initramfs-{agent:016x}.cpio")))
     }
 
     /// Builds an image if it is not there.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_host::cancel::Cancel;
+use smolvm_host::kernel::Kernel;
 use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
 use smolvm_host::process::ProcessIdentity;
@@ -110,8 +111,9 @@ pub struct ImageInfo {
     pub source: String,
 }
 
-/// How long a start took, each from the call of [`Engine::start`]. Zero if it ran already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// How a start went: how long it took, each from the call of [`Engine::start`], zero if it ran already;
+/// and what the caller should know.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StartTimes {
     /// Until the keeper was started.
     pub spawn: Duration,
@@ -121,6 +123,8 @@ pub struct StartTimes {
     pub hello: Duration,
     /// Until the guest served.
     pub ready: Duration,
+    /// Why it booted where it could have been restored, for people; most often nothing.
+    pub warnings: Vec<String>,
 }
 
 /// The end of a guest's console.
@@ -146,7 +150,7 @@ pub struct MissingPackage {
 /// Something [`Engine::prune`] removed, or would.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pruned {
-    /// `sandbox` or `leftover`.
+    /// `sandbox`, `template` or `leftover`.
     pub kind: &'static str,
     /// Its name, or the leftover's path.
     pub name: String,
@@ -450,11 +454,15 @@ impl Engine {
     /// error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
-        let kernel = match &spec.kernel {
-            KernelChoice::File(file) => self.assets().import_kernel(file)?,
-            choice => self.kernel_key(choice)?,
-        };
-        self.create_with(spec, &kernel)
+        self.create_with(spec, &self.kernel_for(spec)?)
+    }
+
+    /// Directory name of the kernel a new sandbox gets. A file that is given is taken over.
+    pub(crate) fn kernel_for(&self, spec: &SandboxSpec) -> Result<String> {
+        match &spec.kernel {
+            KernelChoice::File(file) => self.assets().import_kernel(file),
+            choice => self.kernel_key(choice),
+        }
     }
 
     /// The same with the kernel of this key.
@@ -592,8 +600,8 @@ impl Engine {
                 // Another process was faster; see what it made of it.
                 continue;
             }
-            let session = match self.realize(&mut store, &row, beginning) {
-                Ok(session) => session,
+            let (session, mut warnings) = match self.realize(&mut store, &row, beginning) {
+                Ok(realized) => realized,
                 Err(error) => {
                     store.transition(
                         &row.id,
@@ -610,6 +618,11 @@ impl Engine {
                 Ok(ready) => ready,
                 Err(error) => return Err(self.why_not_started(&store, &row, error)),
             };
+            if let Some(reason) = ready.booted_because {
+                warnings.push(format!(
+                    "sandbox `{name}` could not be restored from its template, and booted: {reason}"
+                ));
+            }
             // The keeper counts from its own start, which is when it was spawned.
             let since = |micros| spawn + Duration::from_micros(micros);
             let times = StartTimes {
@@ -617,6 +630,7 @@ impl Engine {
                 vmm: since(ready.vmm_us),
                 hello: since(ready.hello_us),
                 ready: begun.elapsed(),
+                warnings,
             };
             return Ok((session, times));
         }
@@ -640,13 +654,15 @@ impl Engine {
         }
     }
 
-    /// Carries a start out, step by step, up to the keeper that takes over.
+    /// Carries a start out, step by step, up to the keeper that takes over. Also says what the caller
+    /// should know.
     fn realize(
         &self,
         store: &mut Store,
         row: &SandboxRow,
         beginning: &Beginning<'_>,
-    ) -> Result<Session> {
+    ) -> Result<(Session, Vec<String>)> {
+        let mut warnings = Vec::new();
         let dir = self.layout().sandbox(&row.id);
         // A maker that was killed between the row and the directory leaves a row without one.
         self.os()
@@ -670,10 +686,9 @@ impl Engine {
                 or_boot: false,
             });
             source = Some(snapshot.files.disk());
-        } else if fresh && self.may_restore(row, &facts) {
-            let disk_mib = matches!(layer, Layer::File(_)).then_some(row.spec.disk_mib);
-            match templates::obtain(&self.assets(), &self.config().keeper, &plan, disk_mib) {
-                Ok(template) => {
+        } else if fresh && self.why_no_template(row, &facts).is_none() {
+            match templates::obtain(&self.assets(), &self.config().keeper, row, &plan, None) {
+                Ok((template, _)) => {
                     plan.vm.memory = Memory::CopyOf(template.memory());
                     plan.restore = Some(Restore {
                         state: template.state(),
@@ -682,10 +697,11 @@ impl Engine {
                     source = Some(template.disk());
                 }
                 // What stands in the way of a template need not stand in the way of a sandbox.
-                Err(error) => tracing::warn!(
-                    reason = error.in_one_line(),
-                    "could not make a template; booting instead"
-                ),
+                Err(error) => warnings.push(format!(
+                    "no template could be made, so sandbox `{}` booted: {}",
+                    row.spec.name,
+                    error.in_one_line()
+                )),
             }
         }
         if let Layer::File(path) = &layer
@@ -699,8 +715,22 @@ impl Engine {
             let making = path.with_extension("making");
             self.os()
                 .remove_file("remove the half-made disk", &making)?;
-            self.os()
-                .copy_sparse("make the sandbox's disk", &source, &making)?;
+            let copy = |source: &Path| {
+                self.os()
+                    .copy_sparse("make the sandbox's disk", source, &making)
+            };
+            if let Err(error) = copy(&source) {
+                let may_boot = plan.restore.as_ref().is_some_and(|restore| restore.or_boot);
+                if !may_boot || source.exists() {
+                    return Err(error.into());
+                }
+                // Somebody removed the template just now.
+                plan.vm.memory = Memory::Anonymous;
+                plan.restore = None;
+                self.os()
+                    .remove_file("remove the half-made disk", &making)?;
+                copy(&self.assets().empty_layer(row.spec.disk_mib)?)?;
+            }
             self.os()
                 .rename("put the sandbox's disk in place at", &making, path)?;
         }
@@ -723,18 +753,36 @@ impl Engine {
                 launch::listen(&dir)
             })?;
         launch::spawn(&self.config().keeper, &dir, listener, lock, log)?;
-        Session::connect(row.spec.name.as_str(), dir.path())
+        let session = Session::connect(row.spec.name.as_str(), dir.path())?;
+        Ok((session, warnings))
     }
 
-    /// Whether a machine booted ahead may stand in for a boot. Not where sandboxes share a disk, of
-    /// whose content no template knows; and not yet with KVM, where restoring is not proven.
-    fn may_restore(&self, row: &SandboxRow, facts: &HostFacts) -> bool {
-        self.config().templates
-            && facts.accel == Accel::Emulation
-            && row.spec.disk_mode != DiskMode::Shared
+    /// Why no machine that was booted ahead may stand in for a boot, if so.
+    pub(crate) fn why_no_template(
+        &self,
+        row: &SandboxRow,
+        facts: &HostFacts,
+    ) -> Option<&'static str> {
+        if !self.config().templates {
+            Some("templates are switched off")
+        } else if facts.accel != Accel::Emulation {
+            Some("guests run with KVM, where restoring is not proven yet")
+        } else if row.spec.disk_mode == DiskMode::Shared {
+            Some("it has a shared disk, of whose content no template knows")
+        } else {
+            None
+        }
     }
 
     pub(crate) fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
+        let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
+        let facts = self.facts_with(store, &kernel)?;
+        self.assets().initramfs(&kernel, &self.config().agent)?;
+        Ok(facts)
+    }
+
+    /// The facts for a machine with this kernel, whose initial RAM file system may not be written yet.
+    pub(crate) fn facts_with(&self, store: &mut Store, kernel: &Kernel) -> Result<HostFacts> {
         let qemu = self.programs().find("qemu-system-x86_64")?;
         let acceleration = facts::acceleration(store, self.config().accel)?;
         let accel = if acceleration.kvm {
@@ -742,7 +790,6 @@ impl Engine {
         } else {
             Accel::Emulation
         };
-        let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
         Ok(HostFacts {
             qemu,
             accel,
@@ -751,8 +798,8 @@ impl Engine {
                 Accel::Emulation => Some(facts::tsc_khz(store)?),
             },
             vmlinux: kernel.vmlinux(),
-            devices: kernels::devices(&kernel),
-            initramfs: self.assets().initramfs(&kernel, &self.config().agent)?,
+            devices: kernels::devices(kernel),
+            initramfs: Assets::initramfs_path(kernel, &self.config().agent)?,
             boot_timeout: self.config().boot_timeout,
         })
     }
@@ -903,8 +950,8 @@ impl Engine {
         if changed { Ok(None) } else { Err(refused) }
     }
 
-    /// Removes leftovers that belong to no sandbox, and with `stopped` also every sandbox that is
-    /// off. With `dry_run` it only says what it would remove.
+    /// Removes leftovers that belong to no sandbox and templates that no start would use, and with
+    /// `stopped` also every sandbox that is off. With `dry_run` it only says what it would remove.
     pub async fn prune(&self, dry_run: bool, stopped: bool) -> Result<Vec<Pruned>> {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
@@ -938,6 +985,16 @@ impl Engine {
             if !dry_run {
                 self.os()
                     .remove_tree("remove the leftover", &entry.path())?;
+            }
+        }
+        for (id, dir) in self.unused_templates(&mut store)? {
+            pruned.push(Pruned {
+                kind: if id.is_some() { "template" } else { "leftover" },
+                name: id.unwrap_or_else(|| dir.display().to_string()),
+                bytes: used_below(&dir),
+            });
+            if !dry_run {
+                self.remove_found_template(&dir)?;
             }
         }
         let turn = self.assets().names_turn()?;

@@ -1,6 +1,9 @@
 //! What is measured on the host once after each start of it: whether its hypervisor works, and how
 //! fast its time-stamp counter runs.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{BufRead, BufReader};
+
 use smolvm_host::process::boot_id;
 use smolvm_vmm::probe::{self, Verdict};
 use smolvm_vmm::tsc;
@@ -85,6 +88,44 @@ pub(crate) fn tsc_khz(store: &mut Store) -> Result<u64> {
     Ok(khz)
 }
 
+/// The host's processor as a guest may have seen it: its model and stepping, and a hash of what else
+/// tells it from others, its features above all.
+pub(crate) fn cpu() -> Result<String> {
+    let failed = |error| crate::error::io("could not read /proc/cpuinfo", error);
+    let file = std::fs::File::open("/proc/cpuinfo").map_err(failed)?;
+    let mut first = String::new();
+    // The first processor is enough, and reading no further spares the kernel the others.
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(failed)?;
+        if line.is_empty() {
+            break;
+        }
+        first.push_str(&line);
+        first.push('\n');
+    }
+    Ok(cpu_in(&first))
+}
+
+/// See [`cpu`]. Pure.
+fn cpu_in(cpuinfo: &str) -> String {
+    let field = |wanted: &str| {
+        cpuinfo
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(name, _)| name.trim_end() == wanted)
+            .map_or("", |(_, value)| value.trim())
+    };
+    let identity = ["vendor_id", "cpu family", "model", "stepping", "flags"].map(field);
+    let mut hasher = DefaultHasher::new();
+    identity.hash(&mut hasher);
+    format!(
+        "{}, stepping {}, {:016x}",
+        field("model name"),
+        field("stepping"),
+        hasher.finish()
+    )
+}
+
 /// As [`acceleration`], with nothing remembered: for checks that must not write.
 pub(crate) fn look(choice: AccelChoice) -> Result<Acceleration> {
     if choice == AccelChoice::Emulation {
@@ -103,4 +144,36 @@ pub(crate) fn look(choice: AccelChoice) -> Result<Acceleration> {
             reason: why,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_differ_by_model_stepping_and_features_and_not_by_speed() {
+        let cpuinfo = |model: &str, stepping: &str, mhz: &str, flags: &str| {
+            format!(
+                "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\n\
+                 model name\t: {model}\nstepping\t: {stepping}\ncpu MHz\t\t: {mhz}\n\
+                 flags\t\t: {flags}\n"
+            )
+        };
+        let one = cpu_in(&cpuinfo("Xeon", "7", "2500.1", "fpu sse2 avx2"));
+        assert!(one.starts_with("Xeon, stepping 7, "), "{one}");
+        assert_eq!(
+            one,
+            cpu_in(&cpuinfo("Xeon", "7", "3100.9", "fpu sse2 avx2"))
+        );
+        assert_ne!(one, cpu_in(&cpuinfo("Xeon", "7", "2500.1", "fpu sse2")));
+        assert_ne!(
+            one,
+            cpu_in(&cpuinfo("Xeon", "6", "2500.1", "fpu sse2 avx2"))
+        );
+        assert_ne!(
+            one,
+            cpu_in(&cpuinfo("Xeon 2", "7", "2500.1", "fpu sse2 avx2"))
+        );
+        assert!(!cpu().expect("this host has one").is_empty());
+    }
 }

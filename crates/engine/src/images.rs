@@ -130,6 +130,10 @@ impl Engine {
         let before = used_below(&place);
         assets.sweep_images(&store, &turn)?;
         let freed_bytes = if place.exists() { 0 } else { before };
+        drop(turn);
+        if !store.digests_in_use()?.contains(&image.digest) {
+            self.remove_templates_made_of(&image.digest)?;
+        }
         Ok(RemovedImage {
             digest: image.digest,
             freed_bytes,
@@ -152,7 +156,9 @@ fn in_use(name: &str, users: &Users) -> Error {
     if users.pools > 0 {
         let noun = if users.pools == 1 { "pool" } else { "pools" };
         who.push(format!("{} {noun}", users.pools));
-        how.push(format!("`smolvm pool rm --image {name}`"));
+        how.push(format!(
+            "`smolvm pool rm {name}` with the sizes that `smolvm pool ls` shows"
+        ));
     }
     Error::new(
         ErrorKind::Busy,
@@ -474,7 +480,7 @@ mod tests {
             error.hint_text(),
             Some(
                 "delete what uses it first: `smolvm rm a b c d e`, `smolvm snapshot rm then`, \
-                 `smolvm pool rm --image tools:v1`"
+                 `smolvm pool rm tools:v1` with the sizes that `smolvm pool ls` shows"
             )
         );
     }

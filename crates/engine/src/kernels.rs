@@ -206,26 +206,8 @@ impl Engine {
             )
             .hint("remove these sandboxes first, with `smolvm rm`"));
         }
-        self.remove_templates_of(&kernel.dir.join("vmlinux"))?;
+        self.remove_templates_made_of(key)?;
         Ok(self.os().remove_tree("remove the kernel", &leaving)?)
-    }
-
-    /// Removes templates that nobody will ask for again. One that cannot be read is left.
-    fn remove_templates_of(&self, vmlinux: &Path) -> Result<()> {
-        let Ok(entries) = std::fs::read_dir(self.layout().templates()) else {
-            return Ok(());
-        };
-        for template in entries.flatten().map(|entry| entry.path()) {
-            let kernel = std::fs::read(template.join("template.json"))
-                .ok()
-                .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok())
-                .and_then(|made_of| Some(made_of["purpose"]["kernel"].as_str()?.to_owned()));
-            if kernel.is_some_and(|kernel| Path::new(&kernel) == vmlinux) {
-                self.os()
-                    .remove_tree("remove the kernel's template", &template)?;
-            }
-        }
-        Ok(())
     }
 
     /// Compiles a small kernel from the distribution's source, unless the newest is there. It is

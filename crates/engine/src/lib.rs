@@ -72,3 +72,4 @@ pub use spec::{
     SandboxSpec, check_env,
 };
 pub use store::State;
+pub use templates::{BuiltTemplate, TemplateInfo, TemplateShape};

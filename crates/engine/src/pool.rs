@@ -199,6 +199,7 @@ impl Engine {
                         vmm: Duration::ZERO,
                         hello: since(ready.hello_us),
                         ready: begun.elapsed(),
+                        warnings: Vec::new(),
                     };
                     return Ok(Some((session, times)));
                 }
@@ -408,7 +409,12 @@ impl Engine {
         };
         let name = row.spec.name.as_str();
         match self.start_with(name, &beginning).await {
-            Ok(_) => Ok(()),
+            Ok((_, times)) => {
+                for warning in &times.warnings {
+                    tracing::warn!("{warning}");
+                }
+                Ok(())
+            }
             Err(error) => {
                 match self.delete(name).await {
                     Err(left) if left.kind() != ErrorKind::NotFound => {

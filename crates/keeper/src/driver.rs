@@ -158,6 +158,7 @@ pub(crate) struct Driver {
     pub(crate) motion: Motion,
     kernel: String,
     hello_us: u64,
+    booted_because: Option<String>,
     clients: HashMap<ClientId, Client>,
     next_client: ClientId,
     routes: Routes,
@@ -182,6 +183,7 @@ pub(crate) async fn run(
         channel,
         console,
         greeting,
+        booted_because,
     } = started;
     let vmm_us = micros(begun);
     let layout = Layout::new(launch.data_dir.clone());
@@ -245,6 +247,7 @@ pub(crate) async fn run(
         motion: Motion::Moving,
         kernel: String::new(),
         hello_us: 0,
+        booted_because,
         clients: HashMap::new(),
         next_client: 0,
         routes: Routes::new(FIRST_CLIENT_STREAM),
@@ -521,6 +524,7 @@ impl Driver {
             vmm_us: self.vmm_us,
             hello_us: self.hello_us,
             ready_us: micros(self.begun),
+            booted_because: self.booted_because.clone(),
         }
     }
 

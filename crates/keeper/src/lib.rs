@@ -87,11 +87,13 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
 /// Starts the machine: from a template if there is one, by booting otherwise. A template that
 /// cannot be restored costs its time, and nothing else.
 async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, KeeperError> {
+    let mut booted_because = None;
     if let Some(restore) = &launch.restore {
         match template::wake(backend, launch, restore).await {
             Err(error) if restore.or_boot => {
                 let reason = error.chain();
                 tracing::warn!(reason, "could not start from a template; booting instead");
+                booted_because = Some(reason);
             }
             other => return other,
         }
@@ -100,7 +102,10 @@ async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, Keeper
         memory: Memory::Anonymous,
         ..launch.vm.clone()
     };
-    Ok(Started::new(backend.start(&plan).await?))
+    Ok(Started {
+        booted_because,
+        ..Started::new(backend.start(&plan).await?)
+    })
 }
 
 /// Builds a template for whoever holds the other end of standard input.

@@ -40,6 +40,8 @@ pub(crate) struct Started {
     pub(crate) channel: StdUnixStream,
     pub(crate) console: StdUnixStream,
     pub(crate) greeting: Option<Frame>,
+    /// Why it booted though it was to be restored.
+    pub(crate) booted_because: Option<String>,
 }
 
 impl Started {
@@ -53,6 +55,7 @@ impl Started {
             channel,
             console,
             greeting: None,
+            booted_because: None,
         }
     }
 }

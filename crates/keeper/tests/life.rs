@@ -13,8 +13,8 @@ use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{ImageRow, Store};
 use smolvm_engine::{
-    AccelChoice, Config, Engine, ErrorKind, ExecEvent, ExecSpec, KernelChoice, PoolSpec, Result,
-    SandboxSpec, Session, State,
+    AccelChoice, BuiltTemplate, Cancel, Config, DiskMode, Engine, ErrorKind, ExecEvent, ExecSpec,
+    KernelChoice, PoolSpec, Progress, Pruned, Result, SandboxSpec, Session, State,
 };
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Faults, Os};
@@ -581,6 +581,137 @@ async fn what_belongs_to_no_sandbox_is_pruned() {
     engine.stop("a", Duration::ZERO).await.expect("stopped");
     engine.prune(false, true).await.expect("pruned");
     home.assert_clean("after pruning");
+}
+
+/// Builds the template that sandboxes of [`spec`] start from.
+fn build_template(engine: &Engine) -> Result<BuiltTemplate> {
+    engine.build_template(&spec("a"), &mut |_: &Progress| {}, &Cancel::new()?)
+}
+
+/// The only template's directory.
+fn template_dir(home: &Home) -> PathBuf {
+    let mut dirs: Vec<_> = std::fs::read_dir(home.layout().templates())
+        .expect("the templates")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.is_dir())
+        .collect();
+    assert_eq!(dirs.len(), 1, "{dirs:?}");
+    dirs.remove(0)
+}
+
+#[tokio::test]
+async fn a_template_is_built_once_and_used_until_something_changes() {
+    let home = Home::new();
+    let engine = home.engine();
+    assert_eq!(engine.templates().expect("a list"), []);
+    let first = build_template(&engine).expect("built");
+    assert!(first.built);
+    let shape = first.template.shape.clone().expect("it can be read");
+    assert_eq!(shape.images, ["debian-12"]);
+    assert_eq!((shape.kernel.as_str(), shape.memory_mib), ("stock", 512));
+    let again = build_template(&engine).expect("found");
+    assert!(!again.built);
+    assert_eq!(again.template, first.template);
+    engine.create(&spec("a")).expect("created");
+    let (_, times) = engine.start("a").await.expect("started");
+    assert_eq!(times.warnings, Vec::<String>::new());
+    assert_eq!(
+        engine.templates().expect("a list"),
+        std::slice::from_ref(&first.template)
+    );
+    assert_eq!(first.template.stale, None);
+
+    // An engine that is another, and what a killed builder left.
+    std::fs::write(home.path("bin/qemu-system-x86_64"), "another").expect("a program");
+    let listed = engine.templates().expect("a list");
+    assert_eq!(listed[0].stale.as_deref(), Some("the engine is another"));
+    let dir = template_dir(&home);
+    let name = dir
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned();
+    let (prefix, _) = name.split_once('-').expect("a purpose and its ingredients");
+    let half = dir.with_file_name(format!("{prefix}.making-0"));
+    std::fs::create_dir(&half).expect("a directory");
+    let kinds = |pruned: &[Pruned]| pruned.iter().map(|it| it.kind).collect::<Vec<_>>();
+    let would = engine.prune(true, false).await.expect("a dry run");
+    assert_eq!(kinds(&would), ["template", "leftover"]);
+    assert!(dir.exists() && half.exists());
+    // One that is being built is none of a prune's business.
+    let os = Os::new();
+    let lock = home.layout().templates().join(format!("{prefix}.lock"));
+    let builder = os.lock("build", &lock).expect("the lock");
+    let pruned = engine.prune(false, false).await.expect("pruned");
+    assert_eq!(kinds(&pruned), ["template"]);
+    assert!(!dir.exists() && half.exists());
+    drop(builder);
+    engine.prune(false, false).await.expect("pruned");
+    assert!(!half.exists());
+    assert_eq!(engine.info("a").expect("a clone").state, State::Running);
+
+    let newer = build_template(&engine).expect("built");
+    assert_ne!(newer.template.id, first.template.id);
+    let error = engine
+        .remove_template(&first.template.id)
+        .expect_err("gone");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    engine.remove_template(&newer.template.id).expect("removed");
+    assert_eq!(engine.templates().expect("a list"), []);
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after the templates");
+}
+
+#[tokio::test]
+async fn a_start_that_cannot_be_a_restore_says_why() {
+    let home = Home::new();
+    let engine = home.engine();
+    let warned_of = async |name: &str| {
+        engine.create(&spec(name)).expect("created");
+        let (session, times) = engine.start(name).await.expect("it boots");
+        assert_eq!(output(&session, &["hello"]).await.expect("output"), "hello");
+        engine.delete(name).await.expect("deleted");
+        times.warnings
+    };
+    std::fs::write(home.layout().templates(), "in the way").expect("a file");
+    let warnings = warned_of("a").await;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let begin = "no template could be made, so sandbox `a` booted: could not read ";
+    assert!(warnings[0].starts_with(begin), "{warnings:?}");
+
+    std::fs::remove_file(home.layout().templates()).expect("a file");
+    build_template(&engine).expect("built");
+    std::fs::remove_file(template_dir(&home).join("state")).expect("a file");
+    let warnings = warned_of("b").await;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let begin = "sandbox `b` could not be restored from its template, and booted: ";
+    assert!(warnings[0].starts_with(begin), "{warnings:?}");
+    home.assert_clean("after the warnings");
+}
+
+#[tokio::test]
+async fn no_template_is_built_that_nobody_would_use() {
+    let home = Home::new();
+    let mut config = home.config();
+    config.templates = false;
+    let error = build_template(&Engine::new(config)).expect_err("switched off");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    let mut shared = spec("a");
+    shared.disk_mode = DiskMode::Shared;
+    let cancel = Cancel::new().expect("a handle");
+    let engine = home.engine();
+    let error = engine.build_template(&shared, &mut |_: &Progress| {}, &cancel);
+    assert_eq!(error.expect_err("shared").kind(), ErrorKind::Unsupported);
+    // Given up before it began to wait.
+    cancel.cancel();
+    let error = engine.build_template(&spec("a"), &mut |_: &Progress| {}, &cancel);
+    assert_eq!(error.expect_err("cancelled").kind(), ErrorKind::Cancelled);
+    let left = std::fs::read_dir(home.layout().templates()).expect("the templates");
+    let left: Vec<_> = left
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.is_dir())
+        .collect();
+    assert_eq!(left, Vec::<PathBuf>::new());
 }
 
 fn keeper(engine: &Engine, name: &str) -> ProcessIdentity {

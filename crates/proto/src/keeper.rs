@@ -136,6 +136,9 @@ pub struct Ready {
     /// Microseconds from the keeper's start to the guest having its identity.
     #[n(3)]
     pub ready_us: u64,
+    /// Why the machine booted though there was a template to restore it from, for people.
+    #[n(4)]
+    pub booted_because: Option<String>,
 }
 
 /// A request carried out.

@@ -384,6 +384,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
 
 fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
     let name = |event: &KeeperEvent| match event {
+        KeeperEvent::Ready(ready) if ready.booted_because.is_some() => "keeper-event.ready.booted",
         KeeperEvent::Ready(_) => "keeper-event.ready",
         KeeperEvent::Done(_) => "keeper-event.done",
         KeeperEvent::Failed(failure) if failure.reason.is_some() => "keeper-event.failed.reason",
@@ -396,6 +397,14 @@ fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
             vmm_us: 1,
             hello_us: 2_000_000,
             ready_us: 2_000_001,
+            booted_because: None,
+        }),
+        KeeperEvent::Ready(Ready {
+            kernel: String::new(),
+            vmm_us: 1,
+            hello_us: 2,
+            ready_us: 3,
+            booted_because: Some("why".to_owned()),
         }),
         KeeperEvent::Done(Done { forced: true }),
         KeeperEvent::Failed(KeeperFailure {

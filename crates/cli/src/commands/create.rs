@@ -27,26 +27,30 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(args.machine.boot_timeout)?;
     let mut spec = args.machine.spec(cx, &engine)?;
-    let info = block_on(async {
+    let (info, warnings) = block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(cx, &engine, &mut signals, &spec.image, &spec.kernel).await?;
         if args.no_start {
-            return args.machine.create(&engine, &mut spec);
+            return Ok((args.machine.create(&engine, &mut spec)?, Vec::new()));
         }
         prepare::note_emulation(cx, &engine);
         let claimed = args.machine.claim_or_create(&engine, &mut spec).await?;
         let name = spec.name.as_str();
-        if claimed.is_none()
-            && let Err(error) = signals.or_interrupted(engine.start(name)).await
-        {
-            // What was asked for is a running sandbox; half of it would only be in the way. The
-            // console is in the error.
-            // What went wrong first is what counts.
-            let _ = signals.or_interrupted(engine.delete(name)).await;
-            return Err(error);
+        let mut warnings = Vec::new();
+        if claimed.is_none() {
+            match signals.or_interrupted(engine.start(name)).await {
+                Ok((_, times)) => warnings = times.warnings,
+                Err(error) => {
+                    // What was asked for is a running sandbox; half of it would only be in the way.
+                    // The console is in the error, and what went wrong first is what counts.
+                    let _ = signals.or_interrupted(engine.delete(name)).await;
+                    return Err(error);
+                }
+            }
         }
-        Ok(engine.info(name)?)
+        Ok((engine.info(name)?, warnings))
     })?;
+    prepare::warn(cx, &warnings);
     let name = info.name.as_str();
     cx.out.line(name)?;
     Ok(json!({
@@ -62,7 +66,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "desktop_command": null,
             "info_command": format!("smolvm info {name}"),
         },
-        "warnings": [],
+        "warnings": warnings,
     })
     .into())
 }

@@ -10,7 +10,7 @@ use super::join::{self, Join};
 use super::{Context, Outcome, block_on, machine};
 use crate::report::CliError;
 use crate::signals::Signals;
-use crate::{attach, complete, units};
+use crate::{attach, complete, prepare, units};
 
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
@@ -58,14 +58,23 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     spec.user.clone_from(&args.user);
     join::add_term(cx, &mut spec, &[]);
     let engine = cx.engine(args.boot_timeout)?;
-    let ended = block_on(async {
+    let (ended, warnings) = block_on(async {
         let mut signals = Signals::install()?;
+        let mut warnings = Vec::new();
         let session = if args.start {
-            signals.or_interrupted(engine.start(&args.name)).await?.0
+            let (session, times) = signals.or_interrupted(engine.start(&args.name)).await?;
+            warnings = times.warnings;
+            prepare::warn(cx, &warnings);
+            session
         } else {
             signals.or_interrupted(engine.connect(&args.name)).await?
         };
-        attach::run(cx, &session, &spec, &mut signals).await
+        let ended = attach::run(cx, &session, &spec, &mut signals).await?;
+        Ok((ended, warnings))
     })?;
-    Ok(join::outcome(&ended, args.join.timeout, json!({})))
+    Ok(join::outcome(
+        &ended,
+        args.join.timeout,
+        json!({ "warnings": warnings }),
+    ))
 }

@@ -22,6 +22,14 @@ pub(crate) struct Shape {
     /// Image of its root file system
     #[arg(long, default_value = DEFAULT_IMAGE)]
     pub(crate) image: String,
+    #[command(flatten)]
+    kind: Kind,
+}
+
+/// Its sizes, and where its changes go.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct Kind {
     /// Virtual CPUs
     #[arg(long, value_name = "COUNT", default_value_t = CPUS_DEFAULT)]
     cpus: u8,
@@ -38,7 +46,7 @@ pub(crate) struct Shape {
     disk_mode: Mode,
 }
 
-impl Shape {
+impl Kind {
     fn disk_mode(&self) -> DiskMode {
         match self.disk_mode {
             Mode::Isolated => DiskMode::Isolated,
@@ -47,6 +55,27 @@ impl Shape {
         }
     }
 
+    /// A sandbox of this kind that is only thought of.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for a value out of bounds.
+    pub(crate) fn spec(&self, image: &str, kernel: KernelChoice) -> Result<SandboxSpec, CliError> {
+        let spec = SandboxSpec {
+            image: image.to_owned(),
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            disk_mib: self.disk,
+            disk_mode: self.disk_mode(),
+            kernel,
+            ..SandboxSpec::new("template".parse()?)
+        };
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+impl Shape {
     /// A pool of such sandboxes; `image` is that of --image if absent.
     pub(crate) fn pool(
         &self,
@@ -56,10 +85,10 @@ impl Shape {
     ) -> PoolSpec {
         PoolSpec {
             image: image.unwrap_or(&self.image).clone(),
-            cpus: self.cpus,
-            memory_mib: self.memory,
-            disk_mib: self.disk,
-            disk_mode: self.disk_mode(),
+            cpus: self.kind.cpus,
+            memory_mib: self.kind.memory,
+            disk_mib: self.kind.disk,
+            disk_mode: self.kind.disk_mode(),
             size,
             commands,
         }
@@ -120,17 +149,12 @@ impl Machine {
         };
         let kernel = kernel_choice(self.kernel.as_deref())?;
         let spec = SandboxSpec {
-            image: self.shape.image.clone(),
-            cpus: self.shape.cpus,
-            memory_mib: self.shape.memory,
-            disk_mib: self.shape.disk,
-            disk_mode: self.shape.disk_mode(),
+            name,
             env: environment(cx, &self.env_file, &self.env)?,
             workdir: self.workdir.clone(),
             user: self.user.clone(),
             ttl: self.ttl,
-            kernel,
-            ..SandboxSpec::new(name)
+            ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
         Ok(spec)

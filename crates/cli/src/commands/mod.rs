@@ -29,6 +29,7 @@ pub(crate) mod shell;
 pub(crate) mod snapshot;
 pub(crate) mod start;
 pub(crate) mod stop;
+pub(crate) mod template;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -40,7 +41,7 @@ use smolvm_engine::Engine;
 
 use crate::args::{
     BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, PoolCommand,
-    SandboxCommand, SnapshotCommand,
+    SandboxCommand, SnapshotCommand, TemplateCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -199,6 +200,13 @@ fn verb(command: Command) -> (&'static str, Verb) {
             Some(KernelCommand::Rm(args)) => verb!("kernel.rm", kernel::remove, args),
             None => ("kernel", Verb::Help(&["kernel"])),
         },
+        Command::Prune(args) => sandbox(SandboxCommand::Prune(args)),
+        Command::Template(group) => match group.command {
+            Some(TemplateCommand::Build(args)) => verb!("template.build", template::build, args),
+            Some(TemplateCommand::Ls(args)) => verb!("template.ls", template::list, args),
+            Some(TemplateCommand::Rm(args)) => verb!("template.rm", template::remove, args),
+            None => ("template", Verb::Help(&["template"])),
+        },
         Command::Doctor(args) => verb!("doctor", doctor::run, args),
         Command::Setup(args) => verb!("setup", setup::run, args),
         Command::Completion(args) => verb!("completion", completion::run, args),
@@ -282,7 +290,7 @@ pub(crate) fn named<'a>(cli: &clap::Command, words: impl Iterator<Item = &'a OsS
         ["rm"] => "sandbox.delete".to_owned(),
         [
             name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop" | "pause"
-            | "resume" | "fork" | "commit"),
+            | "resume" | "fork" | "commit" | "prune"),
         ] => {
             format!("sandbox.{name}")
         }

@@ -1,4 +1,4 @@
-//! `smolvm sandbox prune`: what no sandbox owns any more, gone.
+//! `smolvm prune`: what nothing needs any more, gone.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use crate::units;
 
 /// Arguments of `prune`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  smolvm sandbox prune --dry-run")]
+#[command(after_help = "Example:\n  smolvm prune --dry-run")]
 pub(crate) struct Args {
     /// Only say what would be removed
     #[arg(long)]

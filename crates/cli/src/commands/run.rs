@@ -64,16 +64,17 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         }
         // Only now: a sandbox that is owned dies with its connection.
         drop(session);
-        let ended = result?;
+        let (ended, warnings) = result?;
         Ok(join::outcome(
             &ended,
             args.join.timeout,
-            json!({ "vm": { "name": name } }),
+            json!({ "vm": { "name": name }, "warnings": warnings }),
         ))
     })
 }
 
-/// Starts the sandbox, unless it came running, and runs the command in it.
+/// Starts the sandbox, unless it came running, and runs the command in it. Also gives what the
+/// start warned of.
 async fn live(
     args: &Args,
     cx: &Context,
@@ -82,19 +83,21 @@ async fn live(
     claimed: Option<Session>,
     command: &ExecSpec,
     signals: &mut Signals,
-) -> (Option<Session>, Result<Ended, CliError>) {
-    let session = match claimed {
-        Some(session) => session,
+) -> (Option<Session>, Result<(Ended, Vec<String>), CliError>) {
+    let (session, warnings) = match claimed {
+        Some(session) => (session, Vec::new()),
         None => match signals.or_interrupted(engine.start(name)).await {
-            Ok((session, _)) => session,
+            Ok((session, times)) => (session, times.warnings),
             Err(error) => return (None, Err(error)),
         },
     };
+    prepare::warn(cx, &warnings);
     let result = async {
         if !args.keep {
             signals.or_interrupted(session.own()).await?;
         }
-        attach::run(cx, &session, command, signals).await
+        let ended = attach::run(cx, &session, command, signals).await?;
+        Ok((ended, warnings))
     }
     .await;
     (Some(session), result)

@@ -9,7 +9,7 @@ use super::join;
 use super::{Context, Outcome, block_on};
 use crate::report::CliError;
 use crate::signals::Signals;
-use crate::{attach, complete, terminal, units};
+use crate::{attach, complete, prepare, terminal, units};
 
 /// The shells tried, best first.
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
@@ -50,7 +50,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let ended = block_on(async {
         let mut signals = Signals::install()?;
         let session = if args.start {
-            signals.or_interrupted(engine.start(&args.name)).await?.0
+            let (session, times) = signals.or_interrupted(engine.start(&args.name)).await?;
+            prepare::warn(cx, &times.warnings);
+            session
         } else {
             signals.or_interrupted(engine.connect(&args.name)).await?
         };

@@ -41,6 +41,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             Err(error) => Err(error),
         }
     })?;
+    prepare::warn(cx, &times.warnings);
     cx.out.line(name.as_str())?;
     Ok(json!({
         "vm": {
@@ -50,6 +51,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "started_at": info.started_at,
         },
         "ready_ms": units::millis(times.ready),
+        "warnings": times.warnings,
     })
     .into())
 }

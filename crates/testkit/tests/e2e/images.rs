@@ -3,6 +3,8 @@
 use rustix::process::Signal;
 use smolvm_testkit::{Entries, Home};
 
+use crate::templates::own_templates;
+
 /// Makes one of everything a root file system may have, and removes some of the base.
 const FURNISH: &str = r#"
 set -e
@@ -198,6 +200,8 @@ fn commands_stand_still_while_their_sandbox_is_committed_and_go_on_after() {
 #[test]
 fn a_commit_that_ends_early_leaves_nothing_and_lets_the_commands_go_on() {
     let home = Home::new(1);
+    // A prune is to find nothing but what it is about, in nobody else's templates.
+    own_templates(&home);
     home.create("box", &[]);
     let images = home.data().join("images");
     for signal in [Signal::INT, Signal::KILL] {

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use rustix::process::Signal;
+use serde_json::Value;
 use smolvm_testkit::{Entries, Home, processes_mentioning};
 
 /// What a guest says of itself that must differ from any other's.
@@ -11,7 +12,7 @@ const IDENTITY: &str = "hostname; head -c 16 /dev/urandom | od -An -tx1; \
      cat /proc/sys/kernel/random/boot_id; python3 -c 'import os; print(os.urandom(16).hex())'";
 
 /// Gives a home templates of its own, of which there are none yet.
-fn own_templates(home: &Home) -> std::path::PathBuf {
+pub(crate) fn own_templates(home: &Home) -> std::path::PathBuf {
     let templates = home.data().join("templates");
     std::fs::remove_file(&templates).expect("the link to everybody's templates");
     std::fs::create_dir(&templates).expect("a directory");
@@ -127,13 +128,79 @@ fn a_damaged_template_costs_time_and_nothing_else() {
         .find(|path| path.is_dir())
         .expect("a template");
     std::fs::write(template.join("state"), b"this is no machine").expect("the state");
-    home.create("second", &[]);
+    let created = home.smolvm(["create", "--name", "second"]).run().ok();
+    let warning = "warning: sandbox `second` could not be restored from its template, and booted: ";
+    assert!(created.err().contains(warning), "{created}");
     assert!(
         !restored(&home, "second"),
         "restored from what is no machine"
     );
     assert_eq!(home.sh("second", "echo well"), "well\n");
     home.rm(&["second"]);
+    let run = home.json(["run", "--", "true"]);
+    assert_eq!(run["warnings"].as_array().map(Vec::len), Some(1), "{run:#}");
+}
+
+#[test]
+fn a_template_is_built_ahead_listed_and_removed_under_its_clones() {
+    let home = Home::new(1);
+    own_templates(&home);
+    let build = |flags: &[&str]| {
+        let built = home.json([&["template", "build", "--disk", "64"], flags].concat());
+        (built["built"].as_bool(), built["template"]["id"].clone())
+    };
+    let (built, id) = build(&[]);
+    assert_eq!(built, Some(true));
+    assert_eq!(build(&[]), (Some(false), id.clone()), "it is there already");
+    home.create("box", &["--disk", "64"]);
+    assert!(restored(&home, "box"), "what was built ahead is not used");
+    let listed = home.json(["template", "ls"])["templates"].clone();
+    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed:#}");
+    assert_eq!(listed[0]["id"], id);
+    assert_eq!(listed[0]["images"][0], "debian-12");
+    assert_eq!(listed[0]["disk_mib"], 64);
+    assert_eq!(listed[0]["current"], true, "{listed:#}");
+
+    home.smolvm(["template", "rm", id.as_str().expect("an id")])
+        .run()
+        .ok();
+    assert_eq!(home.json(["template", "ls"])["templates"][0], Value::Null);
+    assert_eq!(
+        templates_in(&home.data().join("templates")),
+        (0, Vec::new())
+    );
+    // Memory it has not touched comes from files that have no name any more.
+    let much = "python3 -c 'import json, hashlib, sqlite3; print(len(bytes(90 << 20)))'";
+    assert_eq!(home.sh("box", much), "94371840\n");
+    home.rm(&["box"]);
+}
+
+#[test]
+fn a_template_of_an_image_that_is_gone_goes_with_it() {
+    let home = Home::new(1);
+    let templates = own_templates(&home);
+    home.create("box", &[]);
+    home.smolvm(["commit", "box", "tools"]).run().ok();
+    home.rm(&["box"]);
+    home.smolvm(["template", "build", "tools"]).run().ok();
+    assert_eq!(templates_in(&templates), (2, Vec::new()));
+    home.smolvm(["image", "rm", "tools"]).run().ok();
+    assert_eq!(templates_in(&templates), (1, Vec::new()));
+    // A template of another time: its file says so.
+    let other = std::fs::read_dir(&templates)
+        .expect("the templates")
+        .map(|entry| entry.expect("an entry").path().join("template.json"))
+        .find(|path| path.is_file())
+        .expect("a template");
+    let text = std::fs::read_to_string(&other).expect("a description");
+    let mut json: Value = serde_json::from_str(&text).expect("json");
+    json["cpu"] = "another processor".into();
+    std::fs::write(&other, json.to_string()).expect("a description");
+    let listed = home.smolvm(["template", "ls"]).run().ok();
+    let why = "stale: the host's processor is another";
+    assert!(listed.out().contains(why), "{listed}");
+    home.smolvm(["prune"]).run().ok();
+    assert_eq!(templates_in(&templates), (0, Vec::new()));
 }
 
 #[test]
