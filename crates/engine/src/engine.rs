@@ -899,7 +899,9 @@ impl Engine {
         }
     }
 
-    /// Removes a sandbox, running or not. When it returns nothing of it is left.
+    /// Removes a sandbox, running or not. When it returns the sandbox runs no more, its name is free,
+    /// and what it needed may be removed. Of one that was running, its keeper takes process and files
+    /// away in the next moments; [`Engine::prune`] waits for that.
     pub async fn delete(&self, name: &str) -> Result<()> {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
@@ -956,6 +958,13 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
         };
+        if !dry_run {
+            // Nothing is left afterwards, not even what a keeper is taking away just now.
+            let rows = store.sandboxes()?;
+            for row in rows.iter().filter(|row| row.state == State::Deleting) {
+                wait_for_end(row).await?;
+            }
+        }
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
         let mut pruned = Vec::new();
         for row in rows

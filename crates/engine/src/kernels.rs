@@ -16,6 +16,7 @@ use crate::engine::{Engine, blocking, random_u64, used_below, wait_for_any};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::exec::{ExecEvent, ExecSpec};
 use crate::spec::{DEFAULT_IMAGE, DiskMode, KernelChoice, SandboxSpec};
+use crate::store::State;
 
 /// Where a kernel is compiled if the data directory's path is none that make can work in. Large, and
 /// on a disk (file-hierarchy(7)).
@@ -158,6 +159,7 @@ impl Engine {
             return Ok(Vec::new());
         };
         let sandboxes = store.sandboxes()?.into_iter();
+        let sandboxes = sandboxes.filter(|row| row.state != State::Deleting);
         let snapshots = store.snapshots()?.into_iter();
         Ok(sandboxes
             .map(|row| (row.kernel, row.spec.name.to_string()))

@@ -16,7 +16,12 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Removes everything a sandbox owns, and its row last. Idempotent. Its machine has to be off, or
 /// the caller is its keeper and has just killed it.
 pub fn destroy(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
-    store.begin_delete(id)?;
+    store.begin_delete(id, None)?;
+    finish_delete(os, layout, store, id)
+}
+
+/// The second half of [`destroy`], for a sandbox that is `deleting` already.
+pub fn finish_delete(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
     os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
         .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))?;
     store.delete_sandbox(id)

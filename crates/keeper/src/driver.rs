@@ -146,6 +146,8 @@ pub(crate) struct Driver {
     pub(crate) launch: Launch,
     layout: Layout,
     pub(crate) store: Store,
+    /// This process.
+    me: ProcessIdentity,
     pub(crate) begun: Instant,
     /// When the time-to-live is over; it runs from the moment the guest serves.
     ttl: Option<Instant>,
@@ -206,6 +208,12 @@ pub(crate) async fn run(
         watch_starter(starter, inbox.clone())?;
     }
 
+    let me = identity(std::process::id())?.ok_or_else(|| {
+        KeeperError::io(
+            "find this process in /proc",
+            std::io::ErrorKind::NotFound.into(),
+        )
+    })?;
     // The guest boots while this is written.
     let mut store = Store::open(&layout.database())?;
     let still_wanted = store.set_processes(
@@ -215,12 +223,7 @@ pub(crate) async fn run(
             Accel::Kvm => "kvm",
             Accel::Emulation => "emulation",
         },
-        &identity(std::process::id())?.ok_or_else(|| {
-            KeeperError::io(
-                "find this process in /proc",
-                std::io::ErrorKind::NotFound.into(),
-            )
-        })?,
+        &me,
         // One that has ended already is reported by the driver, with what it said.
         identity(vm.pid())?.as_ref(),
     )?;
@@ -233,6 +236,7 @@ pub(crate) async fn run(
     let mut driver = Driver {
         layout,
         store,
+        me,
         begun,
         ttl: None,
         vmm_us,
@@ -268,6 +272,7 @@ pub(crate) async fn run(
         End::Lost => driver.explain_loss().await,
         end => end,
     };
+    driver.begin_end(&end)?;
     let exit = driver.vm.kill().await?;
     // The last console lines may say why.
     let _ = tokio::time::timeout(FAREWELL_TIME, console_task).await;
@@ -721,10 +726,40 @@ impl Driver {
         }
     }
 
+    /// Whether nothing of the sandbox is to outlive this end.
+    fn destroys(&self, end: &End) -> bool {
+        let member = matches!(self.phase, Phase::Warming { .. } | Phase::Parked(_));
+        self.launch.ephemeral || member || matches!(end, End::Destroy { .. })
+    }
+
+    /// Kills the machine, and answers those who asked for the sandbox's removal as soon as it can no
+    /// longer run or be seen. Its process, its files and its row are taken away afterwards: by this
+    /// keeper, and if that is killed by the next command.
+    ///
+    /// A disk that others may use as well is not let go before the machine's process has ended.
+    fn begin_end(&mut self, end: &End) -> Result<(), KeeperError> {
+        self.vm.start_kill()?;
+        let own = self.layout.sandbox(&self.launch.id);
+        let mut disks = self.launch.vm.disks.iter();
+        let shared = disks.any(|disk| !disk.read_only && !disk.path.starts_with(own.path()));
+        if !self.destroys(end) || shared {
+            return Ok(());
+        }
+        match self.store.begin_delete(&self.launch.id, Some(&self.me)) {
+            Ok(()) => {
+                for waiter in std::mem::take(&mut self.waiting_destroy) {
+                    self.answer(waiter, &KeeperEvent::Done(Done::default()));
+                }
+            }
+            // Tried again when the machine is off, and told then.
+            Err(error) => tracing::warn!(%error, "could not record the removal"),
+        }
+        Ok(())
+    }
+
     /// The machine is off. Makes the record true, answers whoever waits, and lets go.
     async fn finish(mut self, end: End, exit: &Exit) -> Result<(), KeeperError> {
-        let member = matches!(self.phase, Phase::Warming { .. } | Phase::Parked(_));
-        let destroy = self.launch.ephemeral || member || matches!(end, End::Destroy { .. });
+        let destroy = self.destroys(&end);
         let (state, reason) = match &end {
             End::Stopped { .. } => (State::Stopped, None),
             End::Broken { state, reason } => (*state, Some(reason.clone())),
@@ -733,7 +768,10 @@ impl Driver {
         };
         tracing::info!(?end, %exit, "the machine is off");
         let outcome = if destroy {
-            teardown::destroy(&Os::new(), &self.layout, &mut self.store, &self.launch.id)
+            let id = &self.launch.id;
+            self.store.begin_delete(id, Some(&self.me)).and_then(|()| {
+                teardown::finish_delete(&Os::new(), &self.layout, &mut self.store, id)
+            })
         } else {
             let held = [State::Starting, State::Running, State::Stopping];
             self.store

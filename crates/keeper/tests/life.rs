@@ -21,6 +21,12 @@ use smolvm_host::os::{Faults, Os};
 use smolvm_host::packages::SYSTEM_DIRS;
 use smolvm_vmm::Devices;
 
+/// Most time a keeper may take to end on a busy host.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 30,
+    tv_nsec: 0,
+};
+
 /// A data directory with an image and a kernel that only the fake could boot.
 struct Home {
     dir: tempfile::TempDir,
@@ -92,8 +98,23 @@ impl Home {
         Engine::new(self.config())
     }
 
+    /// Waits for the keepers that take away a sandbox which nobody sees any more.
+    fn wait_for_removals(&self) {
+        let rows = Store::open(&self.layout().database())
+            .and_then(|store| store.sandboxes())
+            .expect("the rows");
+        for holder in rows.iter().filter_map(|row| row.holder.as_ref()) {
+            if let Some(process) = holder.open().expect("a process") {
+                let mut ended = [PollFd::new(&process, PollFlags::IN)];
+                poll(&mut ended, Some(&PATIENCE)).expect("a wait");
+                assert!(!ended[0].revents().is_empty(), "a keeper does not end");
+            }
+        }
+    }
+
     /// Nothing is left: no row, no directory, no process.
     fn assert_clean(&self, what: &str) {
+        self.wait_for_removals();
         let rows = self.engine().list().expect("a list");
         assert!(rows.is_empty(), "{what}: rows are left: {rows:?}");
         let left: Vec<_> = std::fs::read_dir(self.layout().sandboxes())

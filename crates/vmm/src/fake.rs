@@ -560,9 +560,14 @@ impl Vm for FakeVm {
         Ok(still)
     }
 
-    async fn kill(&mut self) -> Result<Exit, VmError> {
+    fn start_kill(&mut self) -> Result<(), VmError> {
         self.shared.perform(Operation::Kill, &self.plan.name)?;
         self.shared.end(self.pid, killed());
+        Ok(())
+    }
+
+    async fn kill(&mut self) -> Result<Exit, VmError> {
+        self.start_kill()?;
         Ok(self.ended().await)
     }
 

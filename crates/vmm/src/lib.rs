@@ -214,6 +214,15 @@ pub trait Vm: Debug + Send {
     /// may be paused.
     async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError>;
 
+    /// Kills the VMM and does not wait for its end: the guest executes nothing more (signal(7):
+    /// SIGKILL cannot be caught or blocked), while the host may be busy for some milliseconds with
+    /// taking the process down. Idempotent; succeeds if it is gone already.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::Host`] if the signal cannot be sent.
+    fn start_kill(&mut self) -> Result<(), VmError>;
+
     /// Kills the VMM at once and reaps it. Idempotent; succeeds if it is gone already. When it
     /// returns, the process no longer exists.
     async fn kill(&mut self) -> Result<Exit, VmError>;

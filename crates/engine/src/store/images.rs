@@ -51,7 +51,7 @@ impl Store {
             let mut statement = transaction.prepare_cached(&text)?;
             statement.query_map([name], |row| row.get(0))?.collect()
         };
-        let users = named("sandboxes", "AND pool_id IS NULL")
+        let users = named("sandboxes", "AND pool_id IS NULL AND state <> 'deleting'")
             .and_then(|sandboxes| {
                 Ok(Users {
                     sandboxes,
@@ -80,7 +80,8 @@ impl Store {
     pub(crate) fn digests_in_use(&self) -> Result<Vec<String>> {
         self.connection
             .prepare_cached(
-                "SELECT digest FROM images UNION SELECT image_digest FROM sandboxes \
+                "SELECT digest FROM images \
+                 UNION SELECT image_digest FROM sandboxes WHERE state <> 'deleting' \
                  UNION SELECT image_digest FROM snapshots",
             )
             .and_then(|mut statement| statement.query_map([], |row| row.get(0))?.collect())
@@ -93,7 +94,8 @@ impl Store {
             .prepare_cached(
                 "SELECT EXISTS (SELECT 1 FROM images WHERE digest = ?1) \
                  OR EXISTS (SELECT 1 FROM snapshots WHERE image_digest = ?1) \
-                 OR EXISTS (SELECT 1 FROM sandboxes WHERE image_digest = ?1 AND id <> ?2)",
+                 OR EXISTS (SELECT 1 FROM sandboxes WHERE image_digest = ?1 AND id <> ?2 \
+                     AND state <> 'deleting')",
             )
             .and_then(|mut statement| statement.query_row([digest, sandbox_id], |row| row.get(0)))
             .map_err(|error| sql("could not read which images are in use", error))

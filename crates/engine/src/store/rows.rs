@@ -277,15 +277,23 @@ impl Store {
     }
 
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
-    /// moves it to `deleting`. It is nobody's then: if this process fails, any other may go on, unless
-    /// a keeper has its lock. Idempotent.
-    pub fn begin_delete(&mut self, id: &str) -> Result<()> {
+    /// moves it to `deleting`. It needs its image and its kernel no more, and is in no pool. As long as
+    /// `holder` runs it is left to that; else, if this process fails, any other may go on, unless a
+    /// keeper has its lock. Idempotent.
+    pub fn begin_delete(&mut self, id: &str, holder: Option<&ProcessIdentity>) -> Result<()> {
         self.connection
             .prepare_cached(
                 "UPDATE sandboxes SET state = 'deleting', reason = NULL, paused_ms = NULL, name = ?2, \
-                 holder_pid = NULL, holder_start = NULL WHERE id = ?1",
+                 pool_id = NULL, holder_pid = ?3, holder_start = ?4 WHERE id = ?1",
             )
-            .and_then(|mut statement| statement.execute([id, SandboxName::hidden(id).as_str()]))
+            .and_then(|mut statement| {
+                statement.execute(params![
+                    id,
+                    SandboxName::hidden(id).as_str(),
+                    holder.map(|holder| holder.pid),
+                    holder.map(|holder| to_sql(holder.start_time_ticks)),
+                ])
+            })
             .map(|_| ())
             .map_err(|error| {
                 let deleting = State::Deleting;
@@ -831,8 +839,8 @@ pub(crate) mod tests {
     fn a_name_is_free_once_its_sandbox_is_being_deleted() {
         let (_dir, mut store) = store();
         store.insert_sandbox(&row("a")).expect("written");
-        store.begin_delete("id-a").expect("deleting");
-        store.begin_delete("id-a").expect("again");
+        store.begin_delete("id-a", None).expect("deleting");
+        store.begin_delete("id-a", None).expect("again");
         assert_eq!(store.sandbox_named("a").expect("read"), None);
         let mut second = row("a");
         second.id = "other".to_owned();

@@ -81,6 +81,7 @@ macro_rules! contract_tests {
             the_streams_are_given_once
             the_channel_closes_with_the_machine
             killing_leaves_no_process
+            killing_can_be_begun
             killing_is_idempotent
             waiting_can_be_repeated
             waiting_can_be_given_up
@@ -172,6 +173,17 @@ pub async fn killing_leaves_no_process(subject: &dyn Subject) {
     let exit = machine.vm.kill().await.expect("kill");
     assert_eq!((exit.code, exit.signal), (None, Some(9)));
     assert!(!subject.exists(pid));
+}
+
+/// A machine that is being killed need not be waited for at once; whoever waits sees how it died.
+pub async fn killing_can_be_begun(subject: &dyn Subject) {
+    let mut machine = Machine::start(subject, Guest::Ticks).await;
+    machine.expect_line().await;
+    machine.vm.start_kill().expect("begin to kill");
+    let exit = within(machine.vm.wait()).await.expect("wait");
+    assert_eq!((exit.code, exit.signal), (None, Some(9)));
+    machine.vm.start_kill().expect("again");
+    assert!(!subject.exists(machine.vm.pid()));
 }
 
 /// Killing a dead machine succeeds, and tells again how it died.

@@ -265,10 +265,14 @@ impl Vm for QemuVm {
         Ok(still)
     }
 
-    async fn kill(&mut self) -> Result<Exit, VmError> {
+    fn start_kill(&mut self) -> Result<(), VmError> {
         self.process
             .kill()
-            .map_err(|error| self.host("kill", error))?;
+            .map_err(|error| self.host("kill", error))
+    }
+
+    async fn kill(&mut self) -> Result<Exit, VmError> {
+        self.start_kill()?;
         let ended = self.process.wait().await;
         ended.map_err(|error| self.host("kill", error))
     }
