@@ -401,8 +401,10 @@ fn finished(
     }
 }
 
-/// MiB of memory that a sandbox's machine has written to, and so shares with no other process (proc(5),
-/// `smaps_rollup`). What it has only read is the host's page cache, for all.
+/// MiB of memory that a sandbox's machine has written to, and so shares with no other process: the pages
+/// that belong to no file (proc(5), `smaps_rollup`). What it has only read of files, its template's
+/// memory among them, is the host's page cache, for all; proc(5) counts that as private while one
+/// process alone maps it.
 fn private_mib(engine: &Engine, name: &str) -> Result<f64, CliError> {
     let pid = engine.info(name)?.vmm_pid.unwrap_or(0);
     let path = format!("/proc/{pid}/smaps_rollup");
@@ -410,7 +412,7 @@ fn private_mib(engine: &Engine, name: &str) -> Result<f64, CliError> {
         .map_err(|error| CliError::io(format!("reading {path}"), error))?;
     let kib: u32 = text
         .lines()
-        .filter(|line| line.starts_with("Private_Dirty:"))
+        .filter(|line| line.starts_with("Anonymous:"))
         .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u32>().ok())
         .sum();
     Ok(f64::from(kib) / 1024.0)

@@ -48,11 +48,13 @@ fn a_sandbox_keeps_its_files_over_stop_and_start_and_leaves_nothing_when_deleted
     let running = home.info("box");
     let (keeper, vmm) = (running.keeper(), running.vmm());
     home.smolvm(["rm", "box"]).run().ok();
+    // Nobody sees it any more, whether or not its process is gone already.
+    assert!(home.states().is_empty());
+    keeper.wait("the keeper of a deleted sandbox");
     assert!(
         vmm.ends_within(std::time::Duration::ZERO),
-        "the machine outlives `rm`"
+        "the machine outlives its keeper"
     );
-    keeper.wait("the keeper of a deleted sandbox");
     home.is_clean();
     home.exec("box", &["true"])
         .expect(125)
