@@ -65,6 +65,15 @@ fn kind_of(errno: Errno) -> FailureKind {
             FailureKind::InvalidInput
         }
         Errno::NOSPC | Errno::DQUOT => FailureKind::NoSpace,
+        Errno::CONNREFUSED => FailureKind::Refused,
+        Errno::HOSTUNREACH
+        | Errno::NETUNREACH
+        | Errno::NETDOWN
+        | Errno::HOSTDOWN
+        | Errno::TIMEDOUT
+        | Errno::ADDRNOTAVAIL
+        | Errno::AFNOSUPPORT => FailureKind::Unreachable,
+        Errno::ADDRINUSE => FailureKind::AddressInUse,
         Errno::AGAIN | Errno::NOMEM | Errno::MFILE | Errno::NFILE => FailureKind::TooMany,
         _ => FailureKind::Io,
     }

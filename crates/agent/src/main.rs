@@ -10,6 +10,7 @@
 //! | `init`, `cmdline`, `devices` | from the kernel's hand-over to a root file system and a port |
 //! | `port`, `stream`, `serve`, `workers` | frames, flow control, one session for each request |
 //! | `exec`, `command`, `users`, `cgroup`, `reap` | commands and their ends |
+//! | `connect`, `listen`, `datagrams` | sockets of the guest, joined to streams |
 //! | `files`, `extract`, `list` | trees out, trees in, listings |
 //! | `birth`, `facts`, `shutdown` | identity, state, the way down |
 //! | `sys` | everything that needs `unsafe` |
@@ -20,7 +21,9 @@ mod birth;
 mod cgroup;
 mod cmdline;
 mod command;
+mod connect;
 mod console;
+mod datagrams;
 mod devices;
 mod exec;
 mod extract;
@@ -29,6 +32,7 @@ mod failure;
 mod files;
 mod init;
 mod list;
+mod listen;
 mod port;
 mod reap;
 mod serve;

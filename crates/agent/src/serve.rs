@@ -22,7 +22,9 @@ use crate::reap::Reaper;
 use crate::shutdown::Disks;
 use crate::stream::{Broken, Last, Stop, Stream};
 use crate::workers::Workers;
-use crate::{birth, console, exec, extract, facts, files, list, shutdown};
+use crate::{
+    birth, connect, console, datagrams, exec, extract, facts, files, list, listen, shutdown,
+};
 
 /// Bytes taken from the port at one time.
 const READ_BYTES: usize = 64 * 1024;
@@ -35,6 +37,7 @@ pub(crate) struct Agent {
     /// The mounted disks; `None` when the agent is not PID 1.
     pub(crate) disks: Option<Disks>,
     pub(crate) stopping: AtomicBool,
+    pub(crate) untaken: listen::Untaken,
     defaults: Mutex<Defaults>,
     workers: Workers,
 }
@@ -48,6 +51,7 @@ impl Agent {
             cgroups,
             disks,
             stopping: AtomicBool::new(false),
+            untaken: listen::Untaken::default(),
             defaults: Mutex::new(Defaults::default()),
             workers,
         }
@@ -400,5 +404,9 @@ fn carry_out(agent: &Arc<Agent>, stream: &Arc<Stream>, request: &Request) -> Res
         Request::Birth(request) => birth::birth(agent, request).map_err(Stop::from),
         Request::Shutdown(request) => shutdown::shutdown(agent, request).map_err(Stop::from),
         Request::Ping => Ok(Last::done()),
+        Request::Connect(request) => connect::connect(stream, request),
+        Request::Listen(request) => listen::listen(agent, stream, request),
+        Request::Accept(request) => listen::accept(agent, stream, *request),
+        Request::Datagrams(request) => datagrams::datagrams(stream, request),
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use smolvm_proto::flow::{ReceiveWindow, SendWindow};
+use smolvm_proto::limits::DATAGRAM_BYTES_MAX;
 use smolvm_proto::message::{Control, Event, Failure};
 use smolvm_proto::{Channel, Frame, Kind};
 
@@ -98,7 +99,8 @@ impl Stream {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
     }
 
-    fn wake(&self) {
+    /// Wakes the session up, to look at the mailbox and at whatever else it waits for.
+    pub(crate) fn wake(&self) {
         // It fails only when the count is at its maximum, and then it is readable anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -135,11 +137,11 @@ impl Stream {
     pub(crate) fn deliver_credit(&self, channel: Channel, bytes: u32) -> Result<(), Broken> {
         let mut mailbox = self.mailbox();
         let window = mailbox.window(channel).ok_or(Broken)?;
-        let was_empty = window.available() == 0;
+        let was_short = (window.available() as usize) < DATAGRAM_BYTES_MAX + 2;
         window.granted(bytes);
         drop(mailbox);
-        // A session waits for credit only when it has none.
-        if was_empty {
+        // A session waits for credit only when it has none, or not enough for a datagram.
+        if was_short {
             self.wake();
         }
         Ok(())
@@ -240,6 +242,11 @@ impl Stream {
         }
         drop(mailbox);
         self.unless_detached(self.port.send_data(self.id, channel, payload))
+    }
+
+    /// Sends the end of a channel.
+    pub(crate) fn send_end(&self, channel: Channel) -> Result<(), Gone> {
+        self.send(&Frame::bare(self.id, Kind::Eof, channel))
     }
 
     /// Sends bytes as credit comes in. For sessions that have nothing else to attend to.

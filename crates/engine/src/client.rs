@@ -447,7 +447,8 @@ fn failed(failure: Failure) -> Error {
         | FailureKind::InvalidInput => ErrorKind::InvalidInput,
         FailureKind::TooMany => ErrorKind::Busy,
         FailureKind::ShuttingDown => ErrorKind::NotRunning,
-        FailureKind::Io => ErrorKind::GuestFailed,
+        FailureKind::AddressInUse => ErrorKind::AlreadyExists,
+        FailureKind::Io | FailureKind::Refused | FailureKind::Unreachable => ErrorKind::GuestFailed,
     };
     Error::new(kind, failure.message)
 }

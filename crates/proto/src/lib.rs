@@ -26,6 +26,7 @@ pub mod keeper;
 pub mod limits;
 pub mod message;
 pub mod rejoin;
+pub mod socket;
 pub mod version;
 
 pub use frame::{Channel, Decoder, Frame, FrameError, Header, Kind};

@@ -17,6 +17,13 @@ pub const WINDOW_BYTES: u32 = 256 * 1024;
 /// Streams that may be open at one time on one connection to a guest.
 pub const STREAMS_MAX: usize = 1024;
 
+/// Bytes of one datagram: what UDP carries over IPv4, which is 65535 less both headers (RFC 768).
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+
+/// Connections of one listener in the guest that may wait to be taken up. While so many do, it
+/// accepts no more, and the guest's kernel holds the next ones.
+pub const ACCEPTED_MAX: usize = 64;
+
 /// Bytes of [`crate::version::Hello::nonce`]: 128 random bits, which nobody guesses and no two hosts
 /// choose alike.
 pub const NONCE_BYTES: usize = 16;
@@ -37,6 +44,10 @@ pub const COMMAND_BYTES_MAX: usize = 48 * 1024;
 const _: () = assert!(
     COMMAND_BYTES_MAX < PAYLOAD_BYTES_MAX,
     "a command fits one frame"
+);
+const _: () = assert!(
+    DATAGRAM_BYTES_MAX + 2 <= WINDOW_BYTES as usize / 2,
+    "a receiver that took everything has granted enough for the longest datagram"
 );
 const _: () = assert!(
     PAYLOAD_BYTES_MAX as u64 <= WINDOW_BYTES as u64,

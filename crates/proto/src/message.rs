@@ -1,11 +1,16 @@
 //! What a host may ask of the agent, and what it may answer: closed enums.
 //!
 //! Encoded as CBOR (RFC 8949) with a number for each field. An unknown field is skipped by a
-//! decoder and an absent optional one is `None`, so a struct may gain optional fields; a new
-//! variant needs a new protocol version.
+//! decoder and an absent optional one is `None`, so a struct may gain optional fields. A new
+//! variant needs a new protocol version once a release speaks this one; until then an agent that does
+//! not know a request refuses it ([`FailureKind::InvalidInput`]).
 
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
+
+use crate::socket::{
+    AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, ListenRequest, Listening,
+};
 
 /// Asked by the host; opens a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -36,6 +41,21 @@ pub enum Request {
     /// Answered by [`Event::Done`] at once.
     #[n(7)]
     Ping,
+    /// Opens a connection in the guest: [`Event::Connected`] or [`Event::Failed`], then bytes both
+    /// ways until [`Event::Done`] ([`crate::socket`]).
+    #[n(8)]
+    Connect(#[n(0)] ConnectRequest),
+    /// Listens in the guest: [`Event::Listening`] or [`Event::Failed`], then [`Event::Accepted`] for
+    /// each connection.
+    #[n(9)]
+    Listen(#[n(0)] ListenRequest),
+    /// Takes up a connection that was accepted in the guest; goes on as [`Request::Connect`] does.
+    #[n(10)]
+    Accept(#[n(0)] AcceptRequest),
+    /// Opens a socket for datagrams in the guest: [`Event::Connected`] or [`Event::Failed`], then
+    /// datagrams both ways, until the host ends the input: [`Event::Done`].
+    #[n(11)]
+    Datagrams(#[n(0)] DatagramsRequest),
 }
 
 /// A command to run.
@@ -229,6 +249,15 @@ pub enum Event {
     /// Carried out. Terminal.
     #[n(5)]
     Done,
+    /// The connection is open.
+    #[n(6)]
+    Connected(#[n(0)] Connected),
+    /// The listener listens.
+    #[n(7)]
+    Listening(#[n(0)] Listening),
+    /// A connection waits to be taken up.
+    #[n(8)]
+    Accepted(#[n(0)] Accepted),
 }
 
 impl Event {
@@ -236,7 +265,11 @@ impl Event {
     #[must_use]
     pub fn is_terminal(&self) -> bool {
         match self {
-            Self::Started(_) | Self::Entries(_) => false,
+            Self::Started(_)
+            | Self::Entries(_)
+            | Self::Connected(_)
+            | Self::Listening(_)
+            | Self::Accepted(_) => false,
             Self::Exited(_) | Self::Failed(_) | Self::Facts(_) | Self::Done => true,
         }
     }
@@ -318,6 +351,15 @@ pub enum FailureKind {
     /// Anything else the guest's kernel said.
     #[n(11)]
     Io,
+    /// Nothing listens there.
+    #[n(12)]
+    Refused,
+    /// There is no way there, or no answer in time.
+    #[n(13)]
+    Unreachable,
+    /// Something else listens there already.
+    #[n(14)]
+    AddressInUse,
 }
 
 /// A file, as a listing shows it.

@@ -19,6 +19,10 @@ use smolvm_proto::message::{
     ExtractRequest, Facts, Failure, FailureKind, ListRequest, Request, ShutdownRequest, Started,
     WindowSize,
 };
+use smolvm_proto::socket::{
+    AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
+    ListenRequest, Listening,
+};
 use smolvm_proto::version::{Hello, Nonce};
 use smolvm_proto::{Channel, Decoder, Frame, Kind};
 
@@ -128,6 +132,13 @@ const SIZE: WindowSize = WindowSize {
     columns: 80,
 };
 
+fn internet() -> Internet {
+    Internet {
+        host: "::1".to_owned(),
+        port: 65_535,
+    }
+}
+
 /// Every form a request takes. The `match` has no wildcard: a new variant does not compile until
 /// it has a name, and a name without a recorded line fails.
 fn requests() -> Vec<(&'static str, Request)> {
@@ -200,6 +211,24 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
+        Request::Connect(ConnectRequest {
+            to: Endpoint::localhost(8080),
+            timeout_ms: None,
+        }),
+        Request::Connect(ConnectRequest {
+            to: Endpoint::Local(bytes("/run/x.sock")),
+            timeout_ms: Some(5_000),
+        }),
+        Request::Listen(ListenRequest {
+            on: Endpoint::Internet(internet()),
+            owner: None,
+        }),
+        Request::Listen(ListenRequest {
+            on: Endpoint::Local(bytes("/run/x.sock")),
+            owner: Some("nobody".to_owned()),
+        }),
+        Request::Accept(AcceptRequest { connection: 7 }),
+        Request::Datagrams(DatagramsRequest { to: internet() }),
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
@@ -215,6 +244,12 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Birth(_) => "request.birth.bare",
         Request::Shutdown(_) => "request.shutdown",
         Request::Ping => "request.ping",
+        Request::Connect(connect) if connect.timeout_ms.is_some() => "request.connect.local",
+        Request::Connect(_) => "request.connect",
+        Request::Listen(listen) if listen.owner.is_some() => "request.listen.local",
+        Request::Listen(_) => "request.listen",
+        Request::Accept(_) => "request.accept",
+        Request::Datagrams(_) => "request.datagrams",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }
@@ -235,7 +270,7 @@ fn controls() -> Vec<(&'static str, Control)> {
     .collect()
 }
 
-const FAILURE_KINDS: [FailureKind; 12] = [
+const FAILURE_KINDS: [FailureKind; 15] = [
     FailureKind::NotFound,
     FailureKind::PermissionDenied,
     FailureKind::NotExecutable,
@@ -248,6 +283,9 @@ const FAILURE_KINDS: [FailureKind; 12] = [
     FailureKind::TooMany,
     FailureKind::ShuttingDown,
     FailureKind::Io,
+    FailureKind::Refused,
+    FailureKind::Unreachable,
+    FailureKind::AddressInUse,
 ];
 
 fn failure_name(kind: FailureKind) -> &'static str {
@@ -264,6 +302,9 @@ fn failure_name(kind: FailureKind) -> &'static str {
         FailureKind::TooMany => "event.failed.too-many",
         FailureKind::ShuttingDown => "event.failed.shutting-down",
         FailureKind::Io => "event.failed.io",
+        FailureKind::Refused => "event.failed.refused",
+        FailureKind::Unreachable => "event.failed.unreachable",
+        FailureKind::AddressInUse => "event.failed.address-in-use",
     }
 }
 
@@ -311,6 +352,18 @@ fn events() -> Vec<(&'static str, Event)> {
             wall_clock_ns: 9,
         }),
         Event::Done,
+        Event::Connected(Connected {
+            peer: "[::1]:80".to_owned(),
+        }),
+        Event::Listening(Listening { port: 40_000 }),
+        Event::Accepted(Accepted {
+            connection: u64::MAX,
+            peer: Some(internet()),
+        }),
+        Event::Accepted(Accepted {
+            connection: 0,
+            peer: None,
+        }),
     ];
     forms.extend(FAILURE_KINDS.map(|kind| {
         Event::Failed(Failure {
@@ -327,6 +380,10 @@ fn events() -> Vec<(&'static str, Event)> {
         Event::Entries(_) => "event.entries.some",
         Event::Facts(_) => "event.facts",
         Event::Done => "event.done",
+        Event::Connected(_) => "event.connected",
+        Event::Listening(_) => "event.listening",
+        Event::Accepted(accepted) if accepted.peer.is_some() => "event.accepted",
+        Event::Accepted(_) => "event.accepted.local",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }
