@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
-use smolvm_engine::Config;
+use smolvm_engine::{Config, SETTINGS_NAME, Settings};
 
 use crate::args::Globals;
 use crate::report::CliError;
@@ -59,7 +59,8 @@ impl World {
     ///
     /// # Errors
     ///
-    /// [`CliError::Usage`] if nothing says where to keep state.
+    /// [`CliError::Usage`] if nothing says where to keep state; that of the engine for a file of
+    /// settings that cannot be.
     pub(crate) fn config(
         &self,
         globals: &Globals,
@@ -84,6 +85,7 @@ impl World {
         };
         let data_dir = std::path::absolute(&data_dir)
             .map_err(|error| CliError::io("finding the current directory", error))?;
+        let settings = settings(&data_dir.join(SETTINGS_NAME))?;
         Ok(Config {
             data_dir,
             keeper: program("SMOLVM_KEEPER", "smolvm-keeper"),
@@ -92,7 +94,17 @@ impl World {
             accel: globals.accel.into(),
             templates: set("SMOLVM_NO_TEMPLATES").is_none(),
             boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
+            settings,
         })
+    }
+}
+
+/// What the owner of the data directory has set; the defaults if there is no such file.
+fn settings(path: &Path) -> Result<Settings, CliError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Settings::parse(&text, path)?),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Settings::default()),
+        Err(error) => Err(CliError::io(format!("reading {}", path.display()), error)),
     }
 }
 

@@ -254,6 +254,8 @@ pub(crate) struct Stream {
 pub(crate) enum Heard {
     /// Bytes of a channel.
     Data(Channel, Vec<u8>),
+    /// No more bytes of a channel.
+    End(Channel),
     /// An event; after a terminal one nothing more comes.
     Event(Event),
 }
@@ -304,6 +306,7 @@ impl Stream {
                         event => Ok(Heard::Event(event)),
                     };
                 }
+                Kind::Eof => return Ok(Heard::End(frame.channel)),
                 Kind::Reset => {
                     self.finish();
                     return Err(self.input.shared.lost());

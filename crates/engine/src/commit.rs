@@ -171,7 +171,7 @@ impl Engine {
                 }
                 Ok(Heard::Event(Event::Done)) => break Ok(()),
                 Ok(Heard::Event(other)) => break Err(session.confused(&other)),
-                Ok(Heard::Data(..)) => {}
+                Ok(Heard::Data(..) | Heard::End(_)) => {}
                 Err(error) => break Err(error),
             }
         };

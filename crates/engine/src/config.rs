@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::settings::Settings;
+
 /// Where things are and how to behave. No field has a meaning that depends on another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -22,6 +24,8 @@ pub struct Config {
     pub templates: bool,
     /// Most time a guest may take from start to ready.
     pub boot_timeout: Duration,
+    /// What the owner of the data directory has set.
+    pub settings: Settings,
 }
 
 /// How guest instructions are to run.

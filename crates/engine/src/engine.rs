@@ -24,6 +24,7 @@ use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
 use crate::names;
 use crate::plan::{self, HostFacts, Layer};
+use crate::ports::{self, PublishedPort};
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
@@ -94,6 +95,8 @@ pub struct SandboxInfo {
     pub vmm_pid: Option<u32>,
     /// Bytes its own writable layer takes on the host's disk.
     pub disk_used_bytes: Option<u64>,
+    /// Ports of the host that lead to it, while it runs, by number.
+    pub ports: Vec<PublishedPort>,
 }
 
 /// An image in the store.
@@ -343,6 +346,7 @@ impl Engine {
             keeper_pid: pid(row.holder),
             vmm_pid: pid(row.vmm),
             disk_used_bytes,
+            ports: row.spec.ports,
         }
     }
 
@@ -449,9 +453,9 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::NotFound`] for an unknown
-    /// image or a kernel that was not built, [`ErrorKind::InvalidInput`]. Nothing remains after an
-    /// error.
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is,
+    /// [`ErrorKind::NotFound`] for an unknown image or a kernel that was not built,
+    /// [`ErrorKind::InvalidInput`]. Nothing remains after an error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
         self.create_with(spec, &self.kernel_for(spec)?)
@@ -494,6 +498,15 @@ impl Engine {
     ) -> Result<SandboxRow> {
         let id = format!("{:016x}", random_u64()?);
         let mut spec = spec.clone();
+        if !spec.ports.is_empty() {
+            // What a crash left must not keep its ports.
+            teardown::reconcile(self.os(), self.layout(), store)?;
+        }
+        // Before anything is made. Held until the row is written, which is what keeps it after that.
+        let held = ports::take_all(self.os(), store, &spec.ports)?;
+        spec.ports = held.iter().map(|bound| bound.published).collect();
+        // As they are read again.
+        spec.ports.sort_by_key(|port| (port.host.port, port.host));
         if pool.is_some() {
             spec.name = SandboxName::hidden(&id);
         }
@@ -519,6 +532,7 @@ impl Engine {
             teardown::reconcile_row(self.os(), self.layout(), store, &older)?;
         }
         store.insert_sandbox(&row)?;
+        drop(held);
         // Whoever removes an image looks for rows first: either that one saw this row, or it is seen
         // here that the image is gone.
         if !store.is_kept_besides(&row.image_digest, &row.id)? {
@@ -669,6 +683,14 @@ impl Engine {
             .create_dir_all("make the sandbox's directory", dir.path())?;
         // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
+        // Read again: until the lock was there, others could change which ports there are.
+        let mut row = row.clone();
+        if let Some(now) = store.sandbox(&row.id)? {
+            row.spec.ports = now.spec.ports;
+        }
+        let row = &row;
+        // Its keeper takes them; that they can be taken is known before a machine is started.
+        drop(ports::bind_all(self.os(), &row.spec.ports)?);
         let facts = self.host_facts(store, row)?;
         let mut plan = plan::plan(row, self.layout(), &facts, &myself()?);
         let layer = plan::layer(row, self.layout());
@@ -1047,6 +1069,13 @@ fn open_holder(row: &SandboxRow) -> Result<Option<OwnedFd>> {
     match &row.holder {
         Some(holder) => Ok(holder.open()?),
         None => Ok(None),
+    }
+}
+
+impl Engine {
+    /// Waits until whoever holds a sandbox has ended.
+    pub(crate) async fn wait_until_off(&self, row: &SandboxRow) -> Result<()> {
+        wait_for_end(row).await
     }
 }
 

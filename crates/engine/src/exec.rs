@@ -201,7 +201,7 @@ impl Exec {
                         duration: Duration::from_micros(exited.duration_us),
                     }));
                 }
-                Heard::Data(Channel::Input, _) | Heard::Event(_) => {}
+                Heard::Data(Channel::Input, _) | Heard::End(_) | Heard::Event(_) => {}
             }
         }
     }

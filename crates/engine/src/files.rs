@@ -135,7 +135,7 @@ impl Session {
                 match stream.next().await? {
                     Heard::Event(Event::Done) => return Ok(()),
                     Heard::Event(other) => return Err(self.confused(&other)),
-                    Heard::Data(..) => {}
+                    Heard::Data(..) | Heard::End(_) => {}
                 }
             }
         };
@@ -216,7 +216,7 @@ impl Session {
                 }
                 Ok(Heard::Event(Event::Done)) => break Ok(()),
                 Ok(Heard::Event(other)) => break Err(self.confused(&other)),
-                Ok(Heard::Data(..)) => {}
+                Ok(Heard::Data(..) | Heard::End(_)) => {}
                 Err(error) => break Err(error),
             }
         };

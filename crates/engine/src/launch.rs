@@ -13,6 +13,7 @@ use smolvm_vmm::VmPlan;
 
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::{SOCKET_NAME, SandboxDir};
+use crate::ports::PublishedPort;
 
 /// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
 /// starts; made anew at each start.
@@ -45,6 +46,8 @@ pub struct Launch {
     /// For a member of a pool: what it runs, one after the other, before it is parked and waits to be
     /// claimed.
     pub park: Option<Vec<WarmCommand>>,
+    /// Ports of the host that lead to it.
+    pub ports: Vec<PublishedPort>,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.

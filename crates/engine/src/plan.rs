@@ -103,6 +103,7 @@ pub(crate) fn plan(
         starter: row.spec.ephemeral.then(|| starter.clone()),
         restore: None,
         park: None,
+        ports: row.spec.ports.clone(),
         snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }

@@ -19,7 +19,8 @@ use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::exec::env_vars;
 use crate::launch::WarmCommand;
-use crate::session::Session;
+use crate::ports;
+use crate::session::{Session, refusal};
 use crate::spec::{DiskMode, KernelChoice, SandboxSpec};
 use crate::store::rows::name_taken;
 use crate::store::{PoolRow, SandboxRow, State, Store};
@@ -160,7 +161,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if the name is taken; [`ErrorKind::InvalidInput`].
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is;
+    /// [`ErrorKind::InvalidInput`].
     pub async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
         let begun = Instant::now();
         spec.check()?;
@@ -207,6 +209,20 @@ impl Engine {
                     if failure.reason == Some(KeeperReason::NameTaken) =>
                 {
                     return Err(name_taken(&spec.name));
+                }
+                // Another member could not have the port either.
+                Ok(KeeperEvent::Failed(failure))
+                    if !spec.ports.is_empty()
+                        && matches!(
+                            failure.reason,
+                            Some(
+                                KeeperReason::Busy
+                                    | KeeperReason::InvalidInput
+                                    | KeeperReason::PermissionDenied
+                            )
+                        ) =>
+                {
+                    return Err(refusal(failure));
                 }
                 Ok(answer) => tracing::debug!(?answer, member = member.id, "no claim"),
                 Err(error) => tracing::debug!(%error, member = member.id, "no claim"),
@@ -505,6 +521,7 @@ fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
             start_time_ticks: starter.start_time_ticks,
             boot_id: starter.boot_id,
         }),
+        ports: (!spec.ports.is_empty()).then(|| spec.ports.iter().map(ports::mapping).collect()),
     })
 }
 

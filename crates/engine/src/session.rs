@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, Ready};
+use smolvm_proto::keeper::{KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, Ready};
 use smolvm_proto::message::{EntryKind, Event, ListRequest, Request};
 
 use crate::client::{Client, Heard, connect_socket};
@@ -77,10 +77,14 @@ impl Session {
         let socket = connect_socket(directory, SOCKET_NAME).map_err(|error| {
             crate::error::io(format!("could not connect to sandbox `{name}`"), error)
         })?;
-        Ok(Self {
-            client: Client::new(name, socket)?,
+        Ok(Self::of(name, Client::new(name, socket)?))
+    }
+
+    pub(crate) fn of(name: &str, client: Client) -> Self {
+        Self {
+            client,
             name: name.to_owned(),
-        })
+        }
     }
 
     /// The sandbox's name.
@@ -106,9 +110,7 @@ impl Session {
     /// Asks the keeper; its refusals are errors.
     pub(crate) async fn keeper(&self, request: &KeeperRequest) -> Result<KeeperEvent> {
         match self.client.ask_keeper(request).await? {
-            KeeperEvent::Failed(failure) => {
-                Err(Error::new(ErrorKind::GuestFailed, failure.message).console(failure.console))
-            }
+            KeeperEvent::Failed(failure) => Err(refusal(failure)),
             event => Ok(event),
         }
     }
@@ -166,18 +168,37 @@ impl Session {
                 }
                 Heard::Event(Event::Done) => return Ok(files),
                 Heard::Event(other) => return Err(self.confused(&other)),
-                Heard::Data(..) => {}
+                Heard::Data(..) | Heard::End(_) => {}
             }
         }
     }
 
     pub(crate) fn confused(&self, answer: &impl std::fmt::Debug) -> Error {
-        Error::new(
-            ErrorKind::Internal,
-            format!(
-                "sandbox `{}` gave an unexpected answer: {answer:?}",
-                self.name
-            ),
-        )
+        confused(&self.name, answer)
+    }
+}
+
+/// What to say of an answer that does not belong to its question.
+pub(crate) fn confused(name: &str, answer: &impl std::fmt::Debug) -> Error {
+    Error::new(
+        ErrorKind::Internal,
+        format!("sandbox `{name}` gave an unexpected answer: {answer:?}"),
+    )
+}
+
+/// A keeper's refusal as an error.
+pub(crate) fn refusal(failure: KeeperFailure) -> Error {
+    let kind = match failure.reason {
+        Some(KeeperReason::NameTaken) => ErrorKind::AlreadyExists,
+        Some(KeeperReason::Busy) => ErrorKind::Busy,
+        Some(KeeperReason::NotFound) => ErrorKind::NotFound,
+        Some(KeeperReason::InvalidInput) => ErrorKind::InvalidInput,
+        Some(KeeperReason::PermissionDenied) => ErrorKind::PermissionDenied,
+        Some(KeeperReason::NotParked) | None => ErrorKind::GuestFailed,
+    };
+    let error = Error::new(kind, failure.message).console(failure.console);
+    match failure.hint {
+        Some(hint) => error.hint(hint),
+        None => error,
     }
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::ports::{self, PublishedPort};
 
 /// The image used when none is named.
 pub const DEFAULT_IMAGE: &str = "debian-12";
@@ -175,6 +176,8 @@ pub struct SandboxSpec {
     pub ephemeral: bool,
     /// Which kernel it boots. Settled when it is created.
     pub kernel: KernelChoice,
+    /// Ports of the host that lead to it. A host port of 0 is chosen when it is created.
+    pub ports: Vec<PublishedPort>,
 }
 
 impl SandboxSpec {
@@ -194,6 +197,7 @@ impl SandboxSpec {
             ttl: None,
             ephemeral: false,
             kernel: KernelChoice::Auto,
+            ports: Vec::new(),
         }
     }
 
@@ -235,6 +239,7 @@ impl SandboxSpec {
             )
             .hint("give a path in the guest that begins with `/`"));
         }
+        ports::check(&self.ports)?;
         if self.ttl.is_some_and(|ttl| ttl.is_zero()) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,

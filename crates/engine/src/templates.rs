@@ -276,6 +276,7 @@ fn build(
     let plan = Launch {
         vm: template_plan(&launch.vm, making),
         snapshot: Some(making.state()),
+        ports: Vec::new(),
         ..launch.clone()
     };
     let file = making.path().join("launch.json");

@@ -2,11 +2,14 @@
 //!
 //! Its guest answers each request as the real agent does, with the least it can do: every command
 //! prints its arguments, except `hang`, which never ends, and `crash`, which takes the machine down.
+//! At port 7 it gives back what it gets, as connections and as datagrams; other ports are refused.
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
-use smolvm_proto::message::{Event, Exited, Started};
+use smolvm_proto::message::{Event, Exited, Failure, FailureKind, Started};
+use smolvm_proto::socket::{ConnectRequest, Connected, DatagramsRequest, Endpoint};
 use smolvm_proto::version::{Hello, VERSION_MAX, VERSION_MIN};
 use smolvm_proto::{Channel, Decoder, Frame, Kind, Request};
 use smolvm_vmm::fake::{Fake, FakeGuest, GuestEnd};
@@ -37,6 +40,7 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
     };
     say(Frame::message(0, Kind::Hello, &hello), &mut machine.channel);
     let mut decoder = Decoder::new();
+    let mut echoing = HashSet::new();
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = machine.channel.read(&mut buffer) {
         decoder.feed(&buffer[..count]);
@@ -51,10 +55,18 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                     &mut machine.channel,
                 );
             }
+            let stream = frame.stream;
+            if echoing.contains(&stream) {
+                for answer in echo(&frame) {
+                    say(answer, &mut machine.channel);
+                }
+                if matches!(frame.kind, Kind::Eof | Kind::Reset) {
+                    echoing.remove(&stream);
+                }
+            }
             if frame.kind != Kind::Open {
                 continue;
             }
-            let stream = frame.stream;
             let mut event = |event| {
                 say(
                     Frame::message(stream, Kind::Event, &event),
@@ -91,9 +103,40 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                         &mut machine.channel,
                     );
                 }
+                Ok(Request::Connect(ConnectRequest {
+                    to: Endpoint::Internet(to),
+                    ..
+                }))
+                | Ok(Request::Datagrams(DatagramsRequest { to })) => {
+                    if to.port == 7 {
+                        echoing.insert(stream);
+                        event(Event::Connected(Connected { peer: to.host }));
+                    } else {
+                        event(Event::Failed(Failure {
+                            kind: FailureKind::Refused,
+                            message: "nobody is there".to_owned(),
+                        }));
+                    }
+                }
                 _ => event(Event::Done),
             }
         }
     }
     GuestEnd::Off
+}
+
+/// What a stream that gives everything back says to a frame.
+fn echo(frame: &Frame) -> Vec<Frame> {
+    let stream = frame.stream;
+    match frame.kind {
+        Kind::Data => vec![
+            Frame::credit(stream, Channel::Input, frame.header().length),
+            Frame::new(stream, Kind::Data, Channel::Output, frame.payload.clone()),
+        ],
+        Kind::Eof => vec![
+            Frame::bare(stream, Kind::Eof, Channel::Output),
+            Frame::message(stream, Kind::Event, &Event::Done),
+        ],
+        _ => Vec::new(),
+    }
 }

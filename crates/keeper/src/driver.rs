@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::net::UnixListener as StdUnixListener;
+use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,12 +19,15 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
 use smolvm_engine::launch::{Launch, WarmCommand};
 use smolvm_engine::layout::Layout;
+use smolvm_engine::ports::{self, Bound};
 use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
+use smolvm_engine::{ErrorKind, PublishedPort};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{
-    CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperRequest, Ready, StopRequest,
+    CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, PortMapping,
+    PortPlace, Ready, StopRequest,
 };
 use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest};
 use smolvm_proto::version::{Hello, negotiate};
@@ -39,6 +42,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
+use crate::ports::Ports;
 use crate::routes::{ClientId, FromGuest, Routes};
 use crate::template::Started;
 
@@ -73,6 +77,8 @@ pub(crate) enum Input {
     Client(ClientId, Option<Frame>),
     /// The process that started an ephemeral sandbox has ended.
     StarterGone,
+    /// The keeper itself is a client.
+    Inside(StdUnixStream),
 }
 
 #[derive(Debug)]
@@ -170,6 +176,7 @@ pub(crate) struct Driver {
     pub(crate) waiting_resume: Vec<Waiter>,
     waiting_stop: Vec<Waiter>,
     waiting_destroy: Vec<Waiter>,
+    pub(crate) ports: Ports,
     pub(crate) inbox: mpsc::Sender<Input>,
 }
 
@@ -179,6 +186,7 @@ pub(crate) async fn run(
     begun: Instant,
     started: Started,
     listener: StdUnixListener,
+    ports: Vec<Bound>,
 ) -> Result<(), KeeperError> {
     let Started {
         mut vm,
@@ -260,6 +268,7 @@ pub(crate) async fn run(
         waiting_resume: Vec::new(),
         waiting_stop: Vec::new(),
         waiting_destroy: Vec::new(),
+        ports: Ports::new(&launch.name, inbox.clone(), ports),
         inbox,
         launch,
     };
@@ -324,7 +333,7 @@ impl Driver {
         }
     }
 
-    fn welcome(&mut self, socket: std::os::unix::net::UnixStream) {
+    fn welcome(&mut self, socket: StdUnixStream) {
         let id = self.next_client;
         self.next_client += 1;
         match link::open(socket, self.inbox.clone(), move |frame| {
@@ -351,6 +360,10 @@ impl Driver {
             Input::StarterGone => Some(End::Destroy {
                 why: "the process that started it is gone",
             }),
+            Input::Inside(socket) => {
+                self.welcome(socket);
+                None
+            }
             Input::Client(client, Some(frame)) => self.hear_client(client, frame).await,
             Input::Client(client, None) => {
                 for frame in self.routes.drop_client(client) {
@@ -515,6 +528,7 @@ impl Driver {
         for waiter in std::mem::take(&mut self.waiting_ready) {
             self.answer(waiter, &KeeperEvent::Ready(ready.clone()));
         }
+        self.ports.serve();
         for (client, frame) in std::mem::take(&mut self.early) {
             if let Some(frame) = self.routes.route_in(client, frame) {
                 self.pass_to_guest(frame);
@@ -608,7 +622,55 @@ impl Driver {
                 None
             }
             KeeperRequest::Claim(claim) => self.claim(waiter, claim).await,
+            KeeperRequest::Publish(mapping) => {
+                let answer = match self.publish(&mapping) {
+                    Ok(published) => KeeperEvent::Published(ports::mapping(&published)),
+                    Err(error) => refusal(&error),
+                };
+                self.answer(waiter, &answer);
+                None
+            }
+            KeeperRequest::Unpublish(place) => {
+                let answer = match self.unpublish(&place).await {
+                    Ok(()) => KeeperEvent::Done(Done::default()),
+                    Err(error) => refusal(&error),
+                };
+                self.answer(waiter, &answer);
+                None
+            }
         }
+    }
+
+    /// Takes a port and records it; it is served at once, or as soon as the guest serves.
+    fn publish(&mut self, mapping: &PortMapping) -> smolvm_engine::Result<PublishedPort> {
+        let serves = match self.phase {
+            Phase::Serving(_) => true,
+            Phase::Booting { .. } => false,
+            Phase::Warming { .. } | Phase::Parked(_) | Phase::Stopping { .. } => {
+                let what = "the sandbox is going down, or is a pool's";
+                return Err(smolvm_engine::Error::new(ErrorKind::NotRunning, what));
+            }
+        };
+        ports::check_room(self.ports.count())?;
+        let wanted = [ports::published(mapping)?];
+        let bound = ports::take_all(&Os::new(), &self.store, &wanted)?;
+        let published = bound[0].published;
+        self.store.insert_port(&self.launch.id, &published)?;
+        self.ports.hold(bound);
+        if serves {
+            self.ports.serve();
+        }
+        Ok(published)
+    }
+
+    /// Ends that.
+    async fn unpublish(&mut self, place: &PortPlace) -> smolvm_engine::Result<()> {
+        let host = ports::host_port(place)?;
+        if !self.ports.close(&host).await {
+            return Err(ports::not_published(&self.launch.name, &host));
+        }
+        // Not before: whoever has the row has the port.
+        self.store.delete_port(&self.launch.id, &host).map(|_| ())
     }
 
     async fn stop(&mut self, grace_ms: u64) -> Option<End> {
@@ -767,6 +829,8 @@ impl Driver {
             End::Destroy { why } => (State::Deleting, Some((*why).to_owned())),
         };
         tracing::info!(?end, %exit, "the machine is off");
+        // Before the rows go: whoever takes a row takes the port.
+        self.ports.close_all().await;
         let outcome = if destroy {
             let id = &self.launch.id;
             self.store.begin_delete(id, Some(&self.me)).and_then(|()| {
@@ -863,6 +927,24 @@ pub(crate) fn failure(message: String, console: Vec<String>) -> KeeperEvent {
         message,
         console,
         reason: None,
+        hint: None,
+    })
+}
+
+/// An error as an answer that says as much.
+pub(crate) fn refusal(error: &smolvm_engine::Error) -> KeeperEvent {
+    KeeperEvent::Failed(KeeperFailure {
+        message: error.in_one_line(),
+        console: Vec::new(),
+        reason: match error.kind() {
+            ErrorKind::AlreadyExists => Some(KeeperReason::NameTaken),
+            ErrorKind::Busy => Some(KeeperReason::Busy),
+            ErrorKind::NotFound => Some(KeeperReason::NotFound),
+            ErrorKind::InvalidInput => Some(KeeperReason::InvalidInput),
+            ErrorKind::PermissionDenied => Some(KeeperReason::PermissionDenied),
+            _ => None,
+        },
+        hint: error.hint_text().map(str::to_owned),
     })
 }
 

@@ -11,6 +11,7 @@ mod driver;
 mod error;
 mod link;
 mod member;
+mod ports;
 mod routes;
 mod still;
 mod template;
@@ -25,6 +26,7 @@ use rustix::fs::{Mode, OFlags};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::store::{State, Store};
+use smolvm_host::os::Os;
 use smolvm_vmm::{Backend, Memory, VmPlan};
 
 use crate::error::KeeperError;
@@ -74,8 +76,9 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
     let outcome = runtime()?.block_on(async {
         let backend = backends(&launch.engine)
             .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
+        let ports = smolvm_engine::ports::bind_all(&Os::new(), &launch.ports)?;
         let started = start(backend.as_ref(), &launch).await?;
-        driver::run(launch.clone(), begun, started, listener).await
+        driver::run(launch.clone(), begun, started, listener, ports).await
     });
     if let Err(error) = &outcome {
         give_up(&launch, error);

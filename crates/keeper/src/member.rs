@@ -7,16 +7,17 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use smolvm_engine::ErrorKind;
+use smolvm_engine::ports;
 use smolvm_engine::store::Identity;
 use smolvm_host::ProcessIdentity;
+use smolvm_host::os::Os;
 use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperFailure, KeeperReason};
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::{Frame, Kind};
 use tokio::time::Instant;
 
 use crate::driver::{
-    CLAIM_TIME, Driver, End, Phase, WARM_STREAM, WARM_TIME, Waiter, broken, failure, watch_starter,
+    CLAIM_TIME, Driver, End, Phase, WARM_STREAM, WARM_TIME, Waiter, broken, refusal, watch_starter,
 };
 use crate::error::KeeperError;
 
@@ -86,25 +87,27 @@ impl Driver {
 
     /// Makes the member a sandbox. Answered when the guest has its identity.
     pub(crate) async fn claim(&mut self, waiter: Waiter, claim: ClaimRequest) -> Option<End> {
-        let refuse = |reason, message: String| {
-            KeeperEvent::Failed(KeeperFailure {
-                message,
-                console: Vec::new(),
-                reason: Some(reason),
-            })
-        };
         let not_parked = || {
-            let message = "the sandbox is no parked member of a pool".to_owned();
-            refuse(KeeperReason::NotParked, message)
+            KeeperEvent::Failed(KeeperFailure {
+                message: "the sandbox is no parked member of a pool".to_owned(),
+                console: Vec::new(),
+                reason: Some(KeeperReason::NotParked),
+                hint: None,
+            })
         };
         if !matches!(self.phase, Phase::Parked(_)) {
             self.answer(waiter, &not_parked());
             return None;
         }
-        let identity = match identity(&claim) {
-            Ok(identity) => identity,
+        let identity = identity(&claim).and_then(|mut identity| {
+            let held = ports::take_all(&Os::new(), &self.store, &identity.ports)?;
+            identity.ports = held.iter().map(|bound| bound.published).collect();
+            Ok((identity, held))
+        });
+        let (identity, held) = match identity {
+            Ok(both) => both,
             Err(error) => {
-                self.answer(waiter, &failure(error.to_string(), Vec::new()));
+                self.answer(waiter, &refusal(&error));
                 return None;
             }
         };
@@ -114,16 +117,14 @@ impl Driver {
         let refusal = match claimed {
             Ok(true) => None,
             Ok(false) => Some(not_parked()),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                Some(refuse(KeeperReason::NameTaken, error.to_string()))
-            }
-            Err(error) => Some(failure(error.to_string(), Vec::new())),
+            Err(error) => Some(refusal(&error)),
         };
         if let Some(refusal) = refusal {
             self.answer(waiter, &refusal);
             return None;
         }
         self.begun = Instant::now();
+        self.ports.hold(held);
         self.launch.name = claim.name;
         self.launch.env = identity.env;
         self.launch.workdir = identity.workdir;
@@ -170,5 +171,11 @@ fn identity(claim: &ClaimRequest) -> smolvm_engine::Result<Identity> {
         user: claim.user.clone(),
         ttl: claim.ttl_ms.map(Duration::from_millis),
         ephemeral: claim.ephemeral,
+        ports: claim
+            .ports
+            .iter()
+            .flatten()
+            .map(ports::published)
+            .collect::<smolvm_engine::Result<_>>()?,
     })
 }

@@ -37,6 +37,37 @@ pub enum KeeperRequest {
     /// Makes a parked member of a pool a sandbox. [`KeeperEvent::Ready`].
     #[n(7)]
     Claim(#[n(0)] ClaimRequest),
+    /// Listens on the host for a port of the guest, now and at every start. [`KeeperEvent::Published`].
+    #[n(8)]
+    Publish(#[n(0)] PortMapping),
+    /// Ends that, and the connections that came by it. [`KeeperEvent::Done`].
+    #[n(9)]
+    Unpublish(#[n(0)] PortPlace),
+}
+
+/// A place on the host at which its keeper listens.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PortPlace {
+    /// Whether it is for datagrams (UDP), not for connections (TCP).
+    #[n(0)]
+    pub datagrams: bool,
+    /// Address of the host.
+    #[n(1)]
+    pub address: String,
+    /// Port of the host. To publish, 0 means one that is free.
+    #[n(2)]
+    pub port: u16,
+}
+
+/// A port of the host that leads to a port of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PortMapping {
+    /// Where the host listens.
+    #[n(0)]
+    pub host: PortPlace,
+    /// Port of the guest.
+    #[n(1)]
+    pub guest: u16,
 }
 
 /// Where to write a machine.
@@ -72,6 +103,9 @@ pub struct ClaimRequest {
     /// For an ephemeral one the process that claims it, which it does not outlive.
     #[n(6)]
     pub starter: Option<Starter>,
+    /// Ports of the host that lead to it. None if absent.
+    #[n(7)]
+    pub ports: Option<Vec<PortMapping>>,
 }
 
 /// A process of the host, told from a later one of the same number.
@@ -111,6 +145,9 @@ pub enum KeeperEvent {
     /// The machine was written.
     #[n(3)]
     Captured(#[n(0)] Captured),
+    /// The port is published, with the number that was chosen.
+    #[n(4)]
+    Published(#[n(0)] PortMapping),
 }
 
 /// A machine that was written to files.
@@ -161,6 +198,9 @@ pub struct KeeperFailure {
     /// For programs, where they have to tell one failure from another.
     #[n(2)]
     pub reason: Option<KeeperReason>,
+    /// For people: what to do about it.
+    #[n(3)]
+    pub hint: Option<String>,
 }
 
 /// Failures that a program acts on.
@@ -173,4 +213,16 @@ pub enum KeeperReason {
     /// It is no member of a pool, or not any more.
     #[n(1)]
     NotParked,
+    /// Something else has what it needs.
+    #[n(2)]
+    Busy,
+    /// There is no such thing.
+    #[n(3)]
+    NotFound,
+    /// A value cannot be used.
+    #[n(4)]
+    InvalidInput,
+    /// The host's kernel refused.
+    #[n(5)]
+    PermissionDenied,
 }

@@ -12,7 +12,7 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 use smolvm_proto::keeper::{
     CaptureRequest, Captured, ClaimRequest, Done, KeeperEvent, KeeperFailure, KeeperReason,
-    KeeperRequest, Ready, Starter, StopRequest,
+    KeeperRequest, PortMapping, PortPlace, Ready, Starter, StopRequest,
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
@@ -388,6 +388,17 @@ fn events() -> Vec<(&'static str, Event)> {
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }
 
+fn mapping() -> PortMapping {
+    PortMapping {
+        host: PortPlace {
+            datagrams: true,
+            address: "127.0.0.1".to_owned(),
+            port: 5353,
+        },
+        guest: 53,
+    }
+}
+
 fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
     let name = |request: &KeeperRequest| match request {
         KeeperRequest::WaitReady => "keeper-request.wait-ready",
@@ -397,6 +408,9 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Pause => "keeper-request.pause",
         KeeperRequest::Resume => "keeper-request.resume",
         KeeperRequest::Capture(_) => "keeper-request.capture",
+        KeeperRequest::Publish(_) => "keeper-request.publish",
+        KeeperRequest::Unpublish(_) => "keeper-request.unpublish",
+        KeeperRequest::Claim(claim) if claim.ports.is_some() => "keeper-request.claim.ports",
         KeeperRequest::Claim(claim) if claim.ephemeral => "keeper-request.claim.full",
         KeeperRequest::Claim(_) => "keeper-request.claim.bare",
     };
@@ -408,6 +422,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         ttl_ms: None,
         ephemeral: false,
         starter: None,
+        ports: None,
     };
     [
         KeeperRequest::WaitReady,
@@ -431,12 +446,39 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
                 start_time_ticks: 123_456,
                 boot_id: "b".to_owned(),
             }),
+            ..claim.clone()
+        }),
+        KeeperRequest::Claim(ClaimRequest {
+            ports: Some(vec![mapping()]),
             ..claim
         }),
+        KeeperRequest::Publish(mapping()),
+        KeeperRequest::Unpublish(mapping().host),
     ]
     .into_iter()
     .map(|form| (name(&form), form))
     .collect()
+}
+
+const KEEPER_REASONS: [KeeperReason; 6] = [
+    KeeperReason::NameTaken,
+    KeeperReason::NotParked,
+    KeeperReason::Busy,
+    KeeperReason::NotFound,
+    KeeperReason::InvalidInput,
+    KeeperReason::PermissionDenied,
+];
+
+fn failed_with(reason: Option<KeeperReason>) -> &'static str {
+    match reason {
+        None => "keeper-event.failed.hint",
+        Some(KeeperReason::NameTaken) => "keeper-event.failed.name-taken",
+        Some(KeeperReason::NotParked) => "keeper-event.failed.not-parked",
+        Some(KeeperReason::Busy) => "keeper-event.failed.busy",
+        Some(KeeperReason::NotFound) => "keeper-event.failed.not-found",
+        Some(KeeperReason::InvalidInput) => "keeper-event.failed.invalid-input",
+        Some(KeeperReason::PermissionDenied) => "keeper-event.failed.permission-denied",
+    }
 }
 
 fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
@@ -444,9 +486,11 @@ fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
         KeeperEvent::Ready(ready) if ready.booted_because.is_some() => "keeper-event.ready.booted",
         KeeperEvent::Ready(_) => "keeper-event.ready",
         KeeperEvent::Done(_) => "keeper-event.done",
+        KeeperEvent::Failed(failure) if failure.hint.is_some() => failed_with(failure.reason),
         KeeperEvent::Failed(failure) if failure.reason.is_some() => "keeper-event.failed.reason",
         KeeperEvent::Failed(_) => "keeper-event.failed",
         KeeperEvent::Captured(_) => "keeper-event.captured",
+        KeeperEvent::Published(_) => "keeper-event.published",
     };
     [
         KeeperEvent::Ready(Ready {
@@ -468,15 +512,26 @@ fn keeper_events() -> Vec<(&'static str, KeeperEvent)> {
             message: "why".to_owned(),
             console: vec!["last".to_owned(), "words".to_owned()],
             reason: None,
+            hint: None,
         }),
         KeeperEvent::Failed(KeeperFailure {
             message: "why".to_owned(),
             console: Vec::new(),
             reason: Some(KeeperReason::NotParked),
+            hint: None,
         }),
         KeeperEvent::Captured(Captured { paused_us: 12_345 }),
+        KeeperEvent::Published(mapping()),
     ]
     .into_iter()
+    .chain(KEEPER_REASONS.map(|reason| {
+        KeeperEvent::Failed(KeeperFailure {
+            message: "why".to_owned(),
+            console: Vec::new(),
+            reason: Some(reason),
+            hint: Some("do".to_owned()),
+        })
+    }))
     .map(|form| (name(&form), form))
     .collect()
 }

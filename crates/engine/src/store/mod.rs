@@ -7,6 +7,7 @@
 
 mod images;
 pub(crate) mod pools;
+mod ports;
 pub(crate) mod rows;
 pub(crate) mod snapshots;
 
@@ -28,6 +29,7 @@ pub use snapshots::{SnapshotRow, SnapshotState};
 const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0001_initial.sql"),
     include_str!("../../schema/0002_snapshots_and_pools.sql"),
+    include_str!("../../schema/0003_ports.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

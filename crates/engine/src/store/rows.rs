@@ -9,8 +9,10 @@ use rusqlite::types::Type;
 use rusqlite::{Row, named_params, params};
 use smolvm_host::process::ProcessIdentity;
 
+use super::ports::{insert_published, published};
 use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ports::PublishedPort;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
 
 /// Where a sandbox is in its life.
@@ -142,6 +144,8 @@ pub struct Identity {
     pub ttl: Option<Duration>,
     /// Whether it is destroyed as soon as it stops.
     pub ephemeral: bool,
+    /// Ports of the host that lead to it.
+    pub ports: Vec<PublishedPort>,
 }
 
 /// An image's row.
@@ -168,12 +172,12 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if the name is taken.
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is.
     pub fn insert_sandbox(&mut self, row: &SandboxRow) -> Result<()> {
         let doing = || format!("could not record sandbox `{}`", row.spec.name);
         let transaction = self
             .connection
-            .transaction()
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
             .map_err(|error| sql(doing(), error))?;
         transaction
             .prepare_cached(
@@ -211,6 +215,9 @@ impl Store {
                 _ => sql(doing(), error),
             })?;
         insert_env(&transaction, &row.id, &row.spec.env).map_err(|error| sql(doing(), error))?;
+        for port in &row.spec.ports {
+            insert_published(&transaction, &row.id, port)?;
+        }
         transaction.commit().map_err(|error| sql(doing(), error))
     }
 
@@ -219,7 +226,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if the name is taken.
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is.
     pub fn claim_member(&mut self, id: &str, new: &Identity, now: Timestamp) -> Result<bool> {
         let doing = || format!("could not record sandbox `{}`", new.name);
         let transaction = self
@@ -259,6 +266,9 @@ impl Store {
             return Ok(false);
         }
         insert_env(&transaction, id, &new.env).map_err(|error| sql(doing(), error))?;
+        for port in &new.ports {
+            insert_published(&transaction, id, port)?;
+        }
         transaction.commit().map_err(|error| sql(doing(), error))?;
         Ok(true)
     }
@@ -480,6 +490,8 @@ impl Store {
                 .query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
                 .map_err(|error| sql(doing, error))?;
+            row.spec.ports =
+                published(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
         }
         Ok(rows)
     }
@@ -573,6 +585,7 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
             .map(|ttl| Duration::from_millis(from_sql(ttl))),
         ephemeral: row.get(14)?,
         kernel: crate::spec::KernelChoice::Auto,
+        ports: Vec::new(),
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {
@@ -858,6 +871,7 @@ pub(crate) mod tests {
             user: Some("nobody".to_owned()),
             ttl: Some(Duration::from_secs(9)),
             ephemeral: true,
+            ports: vec!["8080:80".parse().expect("a port")],
         };
         let mut member = row("member");
         member.pool = Some("p".to_owned());
@@ -887,6 +901,7 @@ pub(crate) mod tests {
         let row = store.sandbox_named("a").expect("read").expect("there");
         assert_eq!((row.state, row.pool), (State::Starting, None));
         assert_eq!(row.spec.env, new("a").env);
+        assert_eq!(row.spec.ports, new("a").ports);
         assert!(row.spec.ephemeral);
     }
 

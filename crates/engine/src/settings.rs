@@ -1,0 +1,146 @@
+//! What the owner of a data directory may set, in `config.toml` there. A face reads the file; here is
+//! what it means.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use smolvm_host::net::alloc::{AddressPool, PortRange};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The file's name in the data directory.
+pub const SETTINGS_NAME: &str = "config.toml";
+
+/// Settings, each with its default where the file does not say.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The table `[ssh]`.
+    pub ssh: SshSettings,
+    /// The table `[network]`.
+    pub network: NetworkSettings,
+}
+
+/// The table `[ssh]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SshSettings {
+    /// `ports`: ports of the host at which sandboxes serve SSH; `2200-2999` if not set.
+    #[serde(with = "as_text")]
+    pub ports: PortRange,
+}
+
+/// The table `[network]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkSettings {
+    /// `prefix`: addresses of guests; `172.16.0.0/24` if not set.
+    #[serde(with = "as_text")]
+    pub prefix: AddressPool,
+}
+
+impl Settings {
+    /// Reads the text of `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] if it is no TOML (toml.io/en/v1.0.0), has a key that is not known,
+    /// or a value that cannot be. The place in the text is in the cause.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        toml::from_str(text).map_err(|error: toml::de::Error| {
+            // Of several lines that draw the place, for a terminal; the first names it.
+            let drawn = error.to_string();
+            let place = drawn.lines().next().unwrap_or_default();
+            let why = format!("{place}: {}", error.message());
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("could not read the settings in {}", path.display()),
+            )
+            .because(why)
+            .hint("the keys are `ports` in `[ssh]`, such as \"2200-2999\", and `prefix` in `[network]`, such as \"172.16.0.0/24\"")
+        })
+    }
+}
+
+/// Values that are written as their own text.
+mod as_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<T: Display, S: Serializer>(
+        value: &T,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings> {
+        Settings::parse(text, Path::new("/d/config.toml"))
+    }
+
+    #[test]
+    fn what_is_not_set_has_its_default() {
+        assert_eq!(parse("").expect("nothing"), Settings::default());
+        let settings = parse("[ssh]\nports = \"3000-3001\"\n").expect("settings");
+        assert_eq!(settings.ssh.ports.to_string(), "3000-3001");
+        assert_eq!(settings.network.prefix.to_string(), "172.16.0.0/24");
+        let settings = parse("network.prefix = '10.9.0.0/16'").expect("settings");
+        assert_eq!(settings.network.prefix.guests(), 65_533);
+        // As they are handed to a process that fills a pool.
+        let text = serde_json::to_string(&settings).expect("written");
+        let read: Settings = serde_json::from_str(&text).expect("read");
+        assert_eq!(read, settings);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_place() {
+        for (text, why) in [
+            (
+                "[ssh]\nport = 1",
+                "TOML parse error at line 2, column 1: unknown field `port`, expected `ports`",
+            ),
+            (
+                "[sshd]",
+                "TOML parse error at line 1, column 2: unknown field `sshd`, expected `ssh` or `network`",
+            ),
+            (
+                "[ssh]\nports = \"2999-2200\"",
+                "TOML parse error at line 2, column 9: `2999-2200` is no range of ports such as `2200-2999`",
+            ),
+            (
+                "[network]\nprefix = \"127.0.0.0/8\"",
+                "TOML parse error at line 2, column 10: `127.0.0.0/8` is no pool: it holds loopback, \
+                 link-local, multicast or reserved addresses",
+            ),
+            (
+                "[ssh]\nports = 2200",
+                "TOML parse error at line 2, column 9: invalid type: integer `2200`, expected a string",
+            ),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert_eq!(
+                error.in_one_line(),
+                format!("could not read the settings in /d/config.toml: {why}")
+            );
+            assert!(error.hint_text().is_some());
+        }
+        assert!(parse("= what").is_err());
+    }
+}
