@@ -281,7 +281,7 @@ pub(crate) async fn run(
         End::Lost => driver.explain_loss().await,
         end => end,
     };
-    driver.begin_end(&end)?;
+    driver.begin_end(&end).await?;
     let exit = driver.vm.kill().await?;
     // The last console lines may say why.
     let _ = tokio::time::timeout(FAREWELL_TIME, console_task).await;
@@ -799,8 +799,10 @@ impl Driver {
     /// keeper, and if that is killed by the next command.
     ///
     /// A disk that others may use as well is not let go before the machine's process has ended.
-    fn begin_end(&mut self, end: &End) -> Result<(), KeeperError> {
+    async fn begin_end(&mut self, end: &End) -> Result<(), KeeperError> {
         self.vm.start_kill()?;
+        // Before the rows go: whoever takes a row takes the port.
+        self.ports.close_all().await;
         let own = self.layout.sandbox(&self.launch.id);
         let mut disks = self.launch.vm.disks.iter();
         let shared = disks.any(|disk| !disk.read_only && !disk.path.starts_with(own.path()));
@@ -829,8 +831,6 @@ impl Driver {
             End::Destroy { why } => (State::Deleting, Some((*why).to_owned())),
         };
         tracing::info!(?end, %exit, "the machine is off");
-        // Before the rows go: whoever takes a row takes the port.
-        self.ports.close_all().await;
         let outcome = if destroy {
             let id = &self.launch.id;
             self.store.begin_delete(id, Some(&self.me)).and_then(|()| {

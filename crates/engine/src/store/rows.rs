@@ -287,31 +287,35 @@ impl Store {
     }
 
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
-    /// moves it to `deleting`. It needs its image and its kernel no more, and is in no pool. As long as
+    /// moves it to `deleting`. It needs its image and its kernel no more, has no ports, and is in no pool. As long as
     /// `holder` runs it is left to that; else, if this process fails, any other may go on, unless a
     /// keeper has its lock. Idempotent.
     pub fn begin_delete(&mut self, id: &str, holder: Option<&ProcessIdentity>) -> Result<()> {
-        self.connection
-            .prepare_cached(
-                "UPDATE sandboxes SET state = 'deleting', reason = NULL, paused_ms = NULL, name = ?2, \
-                 pool_id = NULL, holder_pid = ?3, holder_start = ?4 WHERE id = ?1",
-            )
-            .and_then(|mut statement| {
-                statement.execute(params![
+        let mut change = || {
+            let transaction = self.connection.transaction()?;
+            transaction
+                .prepare_cached(
+                    "UPDATE sandboxes SET state = 'deleting', reason = NULL, paused_ms = NULL, \
+                     name = ?2, pool_id = NULL, holder_pid = ?3, holder_start = ?4 WHERE id = ?1",
+                )?
+                .execute(params![
                     id,
                     SandboxName::hidden(id).as_str(),
                     holder.map(|holder| holder.pid),
                     holder.map(|holder| to_sql(holder.start_time_ticks)),
-                ])
-            })
-            .map(|_| ())
-            .map_err(|error| {
-                let deleting = State::Deleting;
-                sql(
-                    format!("could not record that sandbox {id} is {deleting}"),
-                    error,
-                )
-            })
+                ])?;
+            transaction
+                .prepare_cached("DELETE FROM ports WHERE sandbox_id = ?")?
+                .execute([id])?;
+            transaction.commit()
+        };
+        change().map_err(|error| {
+            let deleting = State::Deleting;
+            sql(
+                format!("could not record that sandbox {id} is {deleting}"),
+                error,
+            )
+        })
     }
 
     /// Moves a sandbox to `starting` with `holder` as the process that starts it, if it is in one
