@@ -58,6 +58,7 @@ use rustix::process::{Resource, Rlimit};
 /// its standard input, without mounting anything, and ends when the peer closes it.
 fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     sys::prepare_signals();
+    sys::look_up_hosts_by_ourselves();
     // Standard error leads nowhere in a guest.
     std::panic::set_hook(Box::new(|panic| console::say(&panic.to_string())));
     if rustix::process::getpid().is_init() {

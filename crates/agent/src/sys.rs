@@ -334,6 +334,21 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::R
     result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })
 }
 
+/// Has names of hosts looked up in /etc/hosts and by DNS, whatever the image's nsswitch.conf(5) says.
+///
+/// The services that it may name are libraries of the image. This program is static, and would load
+/// them with the image's C library beside its own; the two that are named here are part of it.
+pub(crate) fn look_up_hosts_by_ourselves() {
+    unsafe extern "C" {
+        /// Of the GNU C library (nss.h).
+        fn __nss_configure_lookup(database: *const c_char, services: *const c_char) -> libc::c_int;
+    }
+    // SAFETY: both are strings that end with a NUL, and the function copies what it keeps. It is
+    // called before there is a second thread. It fails only without memory, or for a database or a
+    // specification that is none.
+    unsafe { __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr()) };
+}
+
 /// Switches the loopback interface on (netdevice(7)). The kernel gives it 127.0.0.1 then.
 pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
     // SAFETY: ifreq is plain bytes, for which zero is a valid value.

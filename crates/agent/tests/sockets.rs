@@ -181,6 +181,12 @@ fn a_port_where_nobody_listens_is_refused() {
         message,
         &format!("connecting to {address}: Connection refused (os error 111)")
     );
+    // A name that /etc/hosts has on every machine, looked up as any other.
+    let outcome = guest.ask(&connect(Endpoint::Internet(Internet {
+        host: "LOCALHOST".to_owned(),
+        port: address.port(),
+    })));
+    assert_eq!(outcome.kind(), FailureKind::Refused);
     let outcome = guest.ask(&connect(Endpoint::Internet(Internet {
         host: "no-such-host.invalid".to_owned(),
         port: 1,

@@ -8,7 +8,7 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, pause, pool, prune, run, setup, shell, snapshot, start, stop, template,
+    list, logs, pause, pool, port, prune, run, setup, shell, snapshot, start, stop, template,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -120,6 +120,8 @@ pub(crate) enum Command {
     Snapshot(Snapshot),
     /// Sandboxes made ahead of demand
     Pool(Pool),
+    /// Ports of this host that lead into sandboxes
+    Port(Port),
     /// Images sandboxes are made from
     #[command(after_help = "Example:\n  smolvm image list")]
     Image(Image),
@@ -230,6 +232,27 @@ pub(crate) enum PoolCommand {
     /// Delete a pool and its members
     #[command(alias = "rm")]
     Delete(pool::DeleteArgs),
+}
+
+/// `smolvm port`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm port expose box 8080:80")]
+pub(crate) struct Port {
+    #[command(subcommand)]
+    pub(crate) command: Option<PortCommand>,
+}
+
+/// The verbs of `smolvm port`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PortCommand {
+    /// Have ports of this host lead to ports of a sandbox
+    #[command(alias = "open")]
+    Expose(port::ExposeArgs),
+    /// Have them lead there no longer
+    Close(port::CloseArgs),
+    /// List the ports that lead to a sandbox
+    #[command(alias = "ls")]
+    List(port::ListArgs),
 }
 
 /// `smolvm file`.

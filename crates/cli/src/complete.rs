@@ -44,6 +44,21 @@ pub(crate) fn snapshots() -> Vec<CompletionCandidate> {
         .collect()
 }
 
+/// The ports that lead to any sandbox, as candidates.
+pub(crate) fn ports() -> Vec<CompletionCandidate> {
+    let sandboxes = engine().and_then(|engine| engine.list().ok());
+    sandboxes
+        .unwrap_or_default()
+        .into_iter()
+        .flat_map(|sandbox| {
+            let of = format!("of {}", sandbox.name);
+            sandbox.ports.into_iter().map(move |port| {
+                CompletionCandidate::new(port.host.to_string()).help(Some(of.clone().into()))
+            })
+        })
+        .collect()
+}
+
 /// The images, as candidates.
 pub(crate) fn images() -> Vec<CompletionCandidate> {
     let images = engine().and_then(|engine| engine.images().ok());

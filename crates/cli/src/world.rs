@@ -103,7 +103,15 @@ impl World {
 fn settings(path: &Path) -> Result<Settings, CliError> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Settings::parse(&text, path)?),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Settings::default()),
+        // Nor in a directory that is none, of which the engine has more to say.
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(Settings::default())
+        }
         Err(error) => Err(CliError::io(format!("reading {}", path.display()), error)),
     }
 }

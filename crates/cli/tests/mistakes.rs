@@ -568,3 +568,100 @@ fn kernels_that_are_not_there() {
     ");
     assert!(!home.path("data/kernels").exists(), "looking makes nothing");
 }
+
+#[test]
+fn ports_that_cannot_be_published() {
+    let home = Home::new();
+    insta::assert_snapshot!(home.run(&["create", "-p", "localhost:80:80"]), @r"
+        $ smolvm create -p localhost:80:80
+        --- stderr
+        error: `localhost:80:80` is not a port to publish: the host's address is no IPv4 address, nor an IPv6 one in brackets
+        hint: use [IP:]HOST:GUEST, such as 8080:80, 0.0.0.0:8080:80 or 5353:53/udp
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["create", "-p", "8080:80", "-p", "0.0.0.0:8080:81"]), @r"
+        $ smolvm create -p 8080:80 -p 0.0.0.0:8080:81
+        --- stderr
+        error: 0.0.0.0:8080/tcp and 127.0.0.1:8080/tcp are one port
+        hint: publish it once, or give the second another host port
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["port", "expose", "box", "80/sctp"]), @r"
+        $ smolvm port expose box 80/sctp
+        --- stderr
+        error: `80/sctp` is not a port to publish: the protocol is tcp or udp
+        hint: use [IP:]HOST:GUEST, such as 8080:80, 0.0.0.0:8080:80 or 5353:53/udp
+        --- exit 2
+    ");
+    insta::assert_snapshot!(home.run(&["port", "expose", "box", "80"]), @r"
+        $ smolvm port expose box 80
+        --- stderr
+        error: there is no sandbox named `box`
+        hint: see the sandboxes with `smolvm ls --all`
+        --- exit 1
+    ");
+    insta::assert_snapshot!(home.run(&["port", "list", "box", "--json"]), @r#"
+        $ smolvm port list box --json
+        {
+          "ok": false,
+          "command": "port.list",
+          "exit_code": 1,
+          "data": null,
+          "error": {
+            "code": "not_found",
+            "message": "there is no sandbox named `box`",
+            "recovery": "see the sandboxes with `smolvm ls --all`",
+            "details": {
+              "kind": "not_found"
+            }
+          }
+        }
+        --- exit 1
+    "#);
+}
+
+#[test]
+fn settings_that_cannot_be() {
+    let home = Home::new();
+    std::fs::create_dir_all(home.path("data")).expect("a directory");
+    let file = home.path("data/config.toml");
+    std::fs::write(&file, "[ssh]\nport = \"2200-2999\"\n").expect("a file");
+    let dir = home.path("data");
+    let dir = dir.to_str().expect("text");
+    insta::assert_snapshot!(home.run(&["ls", "--data-dir", dir]), @r#"
+        $ smolvm ls --data-dir [HOME]/data
+        --- stderr
+        error: could not read the settings in [HOME]/data/config.toml
+        caused by: TOML parse error at line 2, column 1: unknown field `port`, expected `ports`
+        hint: the keys are `ports` in `[ssh]`, such as "2200-2999", and `prefix` in `[network]`, such as "172.16.0.0/24"
+        --- exit 2
+    "#);
+    std::fs::write(&file, "[network]\nprefix = \"127.0.0.0/8\"\n").expect("a file");
+    insta::assert_snapshot!(home.run(&["ls", "--data-dir", dir, "--json"]), @r#"
+        $ smolvm ls --data-dir [HOME]/data --json
+        {
+          "ok": false,
+          "command": "sandbox.list",
+          "exit_code": 2,
+          "data": null,
+          "error": {
+            "code": "invalid_input",
+            "message": "could not read the settings in [HOME]/data/config.toml",
+            "recovery": "the keys are `ports` in `[ssh]`, such as \"2200-2999\", and `prefix` in `[network]`, such as \"172.16.0.0/24\"",
+            "details": {
+              "kind": "invalid_input",
+              "causes": [
+                "TOML parse error at line 2, column 10: `127.0.0.0/8` is no pool: it holds loopback, link-local, multicast or reserved addresses"
+              ]
+            }
+          }
+        }
+        --- exit 2
+    "#);
+    std::fs::write(&file, "[ssh]\nports = \"3000-3099\"\n").expect("a file");
+    insta::assert_snapshot!(home.run(&["ls", "--data-dir", dir]), @r"
+        $ smolvm ls --data-dir [HOME]/data
+        NAME   STATE   IMAGE   CPUS   MEMORY   CREATED
+        --- exit 0
+    ");
+}

@@ -368,7 +368,55 @@ pub fn bind_all(os: &Os, published: &[PublishedPort]) -> Result<Vec<Bound>> {
     published.iter().map(|port| bind(os, port)).collect()
 }
 
+/// Which port of the host is meant by `[IP:]PORT[/tcp|/udp]`, among those that a sandbox publishes.
+fn find(ports: &[PublishedPort], name: &str, text: &str) -> Result<HostPort> {
+    let wrong = |kind, why: String| {
+        Error::new(kind, why).hint(format!("see its ports with `smolvm port list {name}`"))
+    };
+    let (rest, protocol) = match text.rsplit_once('/') {
+        Some((rest, protocol)) => (rest, Some(protocol.parse::<Protocol>()?)),
+        None => (text, None),
+    };
+    let (address, port) = host_part(rest).map_err(|why| {
+        wrong(
+            ErrorKind::InvalidInput,
+            format!("`{}`: {why}", text.escape_debug()),
+        )
+    })?;
+    let any_address = !rest.contains(':');
+    let mut matching = ports.iter().map(|port| port.host).filter(|host| {
+        host.port == port
+            && (any_address || host.address == address)
+            && protocol.is_none_or(|protocol| host.protocol == protocol)
+    });
+    match (matching.next(), matching.next()) {
+        (Some(host), None) => Ok(host),
+        (Some(first), Some(second)) => Err(wrong(
+            ErrorKind::InvalidInput,
+            format!("`{}` may be {first} or {second}", text.escape_debug()),
+        )),
+        (None, _) => Err(wrong(
+            ErrorKind::NotFound,
+            format!(
+                "sandbox `{name}` does not publish `{}`",
+                text.escape_debug()
+            ),
+        )),
+    }
+}
+
 impl Engine {
+    /// The port of the host that is meant by `[IP:]PORT[/tcp|/udp]`, among those that a sandbox
+    /// publishes. What is left out may be anything.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] if it publishes no such port, [`ErrorKind::InvalidInput`] if it
+    /// publishes several.
+    pub fn find_port(&self, name: &str, text: &str) -> Result<HostPort> {
+        find(&self.info(name)?.ports, name, text)
+    }
+
     /// Publishes a port of a sandbox: at once if it runs, and from its next start on. Returns it with
     /// the host's port that was chosen.
     ///
@@ -578,6 +626,23 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");
             assert!(error.hint_text().is_some(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_port_to_close_is_found_by_as_much_as_tells_it_apart() {
+        let ports = ["8080:80", "8080:53/udp", "0.0.0.0:81:1", "[::1]:82:1"]
+            .map(|text| text.parse().expect("a port"));
+        let found = |text| find(&ports, "box", text).map(|host| host.to_string());
+        assert_eq!(found("8080/udp").expect("one"), "127.0.0.1:8080/udp");
+        assert_eq!(found("8080/tcp").expect("one"), "127.0.0.1:8080/tcp");
+        assert_eq!(found("81").expect("one"), "0.0.0.0:81/tcp");
+        assert_eq!(found("[::1]:82").expect("one"), "[::1]:82/tcp");
+        let kind = |text| found(text).expect_err(text).kind();
+        assert_eq!(kind("8080"), ErrorKind::InvalidInput);
+        assert_eq!(kind("x"), ErrorKind::InvalidInput);
+        assert_eq!(kind("80/sctp"), ErrorKind::InvalidInput);
+        assert_eq!(kind("80"), ErrorKind::NotFound);
+        assert_eq!(kind("127.0.0.1:81"), ErrorKind::NotFound);
     }
 
     #[test]

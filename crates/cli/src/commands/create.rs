@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::machine::Machine;
-use super::{Context, Outcome, block_on};
+use super::{Context, Outcome, block_on, port};
 use crate::prepare;
 use crate::report::CliError;
 use crate::signals::Signals;
@@ -14,7 +14,7 @@ use crate::signals::Signals;
 Example:
   smolvm create --name box --memory 1G
 
-Prints the sandbox's name.")]
+Prints the sandbox's name. With --publish, also on standard error what is published where.")]
 pub(crate) struct Args {
     /// Create it only; `smolvm start` starts it
     #[arg(long)]
@@ -53,12 +53,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     prepare::warn(cx, &warnings);
     let name = info.name.as_str();
     cx.out.line(name)?;
+    port::note(cx, &info.ports);
     Ok(json!({
         "vm": {
             "name": name,
             "status": info.state.as_str(),
             "os": info.image,
             "started_at": info.started_at,
+            "ports": port::describe_all(&info.ports),
         },
         "next": {
             "shell_command": format!("smolvm shell {name}"),

@@ -17,7 +17,7 @@ Example:
 Prints the names of the copies: box-1, box-2, box-3. Each goes on with the processes, open files
 and memory of `box`, which stands still only while it is copied. Memory is shared until a copy
 writes to it. Each copy has a host name, clock and random numbers of its own; commands that ran
-when it was made go on in it, and their output is dropped.")]
+when it was made go on in it, and their output is dropped. A copy has no published ports.")]
 pub(crate) struct Args {
     /// The sandbox
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
@@ -34,6 +34,7 @@ pub(crate) struct Args {
 /// Makes the copies. One that does not start is told, and the others stay.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
+    let publishes = !engine.info(&args.name)?.ports.is_empty();
     let fork = block_on(async {
         let mut signals = Signals::install()?;
         let prefix = args.prefix.as_deref();
@@ -66,6 +67,12 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         args.name,
         units::millis(fork.paused)
     ));
+    if publishes {
+        cx.out.status(&format!(
+            "the ports that lead to `{}` lead to no copy; give one its own with `smolvm port expose`",
+            args.name
+        ));
+    }
     Ok(Outcome {
         data: json!({
             "source": args.name,

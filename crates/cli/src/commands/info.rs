@@ -4,7 +4,7 @@ use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 use smolvm_engine::{Engine, GuestFacts, SandboxInfo, State};
 
-use super::{Context, Outcome, block_on};
+use super::{Context, Outcome, block_on, port};
 use crate::report::CliError;
 use crate::{complete, units};
 
@@ -60,6 +60,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "disk_mode": info.disk_mode.as_str(),
             "disk_used_bytes": info.disk_used_bytes,
             "network_mode": null,
+            "ports": port::describe_all(&info.ports),
             "bridge": null,
             "ephemeral": info.ephemeral,
             // Values may be secrets; names are enough to see what was set.
@@ -141,6 +142,8 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
     );
     let names: Vec<&str> = info.env.iter().map(|(name, _)| name.as_str()).collect();
     row("Environment", (!names.is_empty()).then(|| names.join(" ")));
+    let ports: Vec<String> = info.ports.iter().map(ToString::to_string).collect();
+    row("Ports", (!ports.is_empty()).then(|| ports.join(", ")));
     row("Directory", info.workdir.clone());
     row("User", info.user.clone());
     row("Time to live", info.ttl.map(units::show_duration));

@@ -116,6 +116,10 @@ pub(crate) struct Machine {
     /// User its commands run as [default: root]
     #[arg(short, long)]
     user: Option<String>,
+    /// Publish a port: [IP:][HOST:]GUEST[/tcp|/udp], such as 8080:80; without IP only this host reaches
+    /// it, without HOST, or with 0, a free port is chosen
+    #[arg(short, long, value_name = "PORT")]
+    publish: Vec<String>,
     /// Destroy it this long after each start: 30s, 5m, 2h
     #[arg(long, value_name = "TIME", value_parser = units::limit)]
     ttl: Option<Duration>,
@@ -154,10 +158,20 @@ impl Machine {
             workdir: self.workdir.clone(),
             user: self.user.clone(),
             ttl: self.ttl,
+            ports: self
+                .publish
+                .iter()
+                .map(|text| text.parse())
+                .collect::<smolvm_engine::Result<_>>()?,
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
         Ok(spec)
+    }
+
+    /// Whether it is to have ports of the host.
+    pub(crate) fn publishes(&self) -> bool {
+        !self.publish.is_empty()
     }
 
     /// Creates the sandbox. A generated name that another process took meanwhile is replaced.

@@ -22,6 +22,7 @@ pub(crate) mod logs;
 mod machine;
 pub(crate) mod pause;
 pub(crate) mod pool;
+pub(crate) mod port;
 pub(crate) mod prune;
 pub(crate) mod run;
 pub(crate) mod setup;
@@ -41,7 +42,7 @@ use smolvm_engine::Engine;
 
 use crate::args::{
     BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, PoolCommand,
-    SandboxCommand, SnapshotCommand, TemplateCommand,
+    PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -188,6 +189,12 @@ fn verb(command: Command) -> (&'static str, Verb) {
             Some(PoolCommand::List(args)) => verb!("pool.list", pool::list, args),
             Some(PoolCommand::Delete(args)) => verb!("pool.delete", pool::delete, args),
             None => ("pool", Verb::Help(&["pool"])),
+        },
+        Command::Port(group) => match group.command {
+            Some(PortCommand::Expose(args)) => verb!("port.expose", port::expose, args),
+            Some(PortCommand::Close(args)) => verb!("port.close", port::close, args),
+            Some(PortCommand::List(args)) => verb!("port.list", port::list, args),
+            None => ("port", Verb::Help(&["port"])),
         },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),

@@ -7,7 +7,7 @@ use smolvm_engine::{Engine, ExecSpec, Session};
 
 use super::join::{self, Join};
 use super::machine::Machine;
-use super::{Context, Outcome, block_on};
+use super::{Context, Outcome, block_on, port};
 use crate::attach::{self, Ended};
 use crate::output;
 use crate::prepare;
@@ -93,6 +93,9 @@ async fn live(
     };
     prepare::warn(cx, &warnings);
     let result = async {
+        if args.machine.publishes() {
+            port::note(cx, &engine.info(name)?.ports);
+        }
         if !args.keep {
             signals.or_interrupted(session.own()).await?;
         }

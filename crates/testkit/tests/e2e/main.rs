@@ -10,6 +10,7 @@ mod guest;
 mod images;
 mod life;
 mod pools;
+mod ports;
 mod run;
 mod signals;
 mod small;
