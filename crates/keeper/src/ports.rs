@@ -423,3 +423,121 @@ impl Association {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use smolvm_proto::message::{Event, Request};
+    use smolvm_proto::socket::{Connected, Datagrams, DatagramsRequest};
+    use smolvm_proto::{Decoder, Frame, Kind};
+    use std::net::Ipv4Addr;
+
+    /// The guest's end of the line.
+    struct Guest {
+        socket: tokio::net::UnixStream,
+        decoder: Decoder,
+    }
+
+    impl Guest {
+        async fn of(inbox: &mut mpsc::Receiver<Input>) -> Self {
+            let Some(Input::Inside(socket)) = inbox.recv().await else {
+                panic!("the line is not asked for");
+            };
+            socket.set_nonblocking(true).expect("a socket");
+            Self {
+                socket: tokio::net::UnixStream::from_std(socket).expect("a socket"),
+                decoder: Decoder::new(),
+            }
+        }
+
+        async fn frame(&mut self) -> Frame {
+            loop {
+                if let Some(frame) = self.decoder.next_frame().expect("a frame") {
+                    return frame;
+                }
+                let mut buffer = [0; 4096];
+                let count = self.socket.read(&mut buffer).await.expect("bytes");
+                assert_ne!(count, 0, "the line ended");
+                self.decoder.feed(&buffer[..count]);
+            }
+        }
+
+        /// The number of the stream that is opened next; it is answered.
+        async fn opened(&mut self) -> u32 {
+            let frame = self.frame().await;
+            let wanted = Request::Datagrams(DatagramsRequest {
+                to: Internet {
+                    host: "localhost".to_owned(),
+                    port: 53,
+                },
+            });
+            assert_eq!(frame.decode::<Request>().expect("a request"), wanted);
+            let peer = "127.0.0.1:53".to_owned();
+            let answer = Event::Connected(Connected { peer });
+            let answer = Frame::message(frame.stream, Kind::Event, &answer);
+            let sent = self.socket.write_all(&answer.to_bytes()).await;
+            sent.expect("the keeper reads");
+            frame.stream
+        }
+
+        async fn datagram(&mut self, stream: u32) -> Vec<u8> {
+            let frame = self.frame().await;
+            assert_eq!((frame.kind, frame.stream), (Kind::Data, stream));
+            let mut datagrams = Datagrams::default();
+            datagrams.feed(&frame.payload);
+            datagrams.next_datagram().expect("whole").to_vec()
+        }
+    }
+
+    /// A port that is served, with so much room, and the inbox of its keeper.
+    async fn served(room: usize, idle: Duration) -> (SocketAddr, mpsc::Receiver<Input>) {
+        let (sender, inbox) = mpsc::channel(8);
+        let ports = Ports::new("box", sender, Vec::new());
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await;
+        let socket = socket.expect("a free port");
+        let address = socket.local_addr().expect("bound");
+        let room = Arc::new(Semaphore::new(room));
+        tokio::spawn(serve_datagrams(socket, ports.line.clone(), 53, room, idle));
+        (address, inbox)
+    }
+
+    async fn client(to: SocketAddr) -> UdpSocket {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await;
+        let socket = socket.expect("a free port");
+        socket.connect(to).await.expect("a way");
+        socket
+    }
+
+    #[tokio::test]
+    async fn a_client_is_forgotten_when_it_is_idle_and_begins_anew() {
+        let (address, mut inbox) = served(1, Duration::from_millis(1)).await;
+        let client = client(address).await;
+        client.send(b"one").await.expect("sent");
+        let mut guest = Guest::of(&mut inbox).await;
+        let first = guest.opened().await;
+        // It may have been idle before it was served, and then the datagram is lost.
+        loop {
+            let frame = guest.frame().await;
+            assert_eq!(frame.stream, first);
+            if frame.kind == Kind::Reset {
+                break;
+            }
+        }
+        client.send(b"two").await.expect("sent");
+        let second = guest.opened().await;
+        assert_ne!(first, second);
+    }
+
+    #[tokio::test]
+    async fn datagrams_of_more_clients_than_there_is_room_for_are_dropped() {
+        let (address, mut inbox) = served(1, Duration::from_secs(3600)).await;
+        let [first, second] = [client(address).await, client(address).await];
+        first.send(b"one").await.expect("sent");
+        let mut guest = Guest::of(&mut inbox).await;
+        let stream = guest.opened().await;
+        assert_eq!(guest.datagram(stream).await, b"one");
+        second.send(b"lost").await.expect("sent");
+        first.send(b"two").await.expect("sent");
+        assert_eq!(guest.datagram(stream).await, b"two", "and nothing before");
+    }
+}

@@ -4,7 +4,7 @@ use clap::builder::PossibleValuesParser;
 use serde_json::json;
 use smolvm_engine::{SandboxInfo, State};
 
-use super::{Context, Outcome};
+use super::{Context, Outcome, port};
 use crate::report::CliError;
 use crate::units;
 
@@ -84,6 +84,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
                 "pid": sandbox.vmm_pid,
                 "ip_address": null,
                 "ssh_port": null,
+                "ports": port::describe_all(&sandbox.ports),
                 "image": sandbox.image,
                 "vcpus": sandbox.cpus,
                 "memory": sandbox.memory_mib,
