@@ -10,6 +10,7 @@ use smolvm_proto::message::{Birth, Failure, FailureKind};
 
 use crate::command::Defaults;
 use crate::failure::{failure, from_errno, from_io};
+use crate::network;
 use crate::serve::Agent;
 use crate::stream::Last;
 use crate::sys;
@@ -34,6 +35,9 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
         add_entropy(&request.entropy)?;
         if request.same != Some(true) {
             become_another(&request.hostname)?;
+        }
+        if let Some(network) = &request.network {
+            network::configure(network)?;
         }
     }
     agent.set_defaults(Defaults {
@@ -127,7 +131,7 @@ fn random_id() -> Result<String, Failure> {
 
 /// Writes a file without cutting it to nothing first: ext4 takes that for a replacement that has to
 /// be on the disk when the file is closed (ext4(5), `auto_da_alloc`), and the caller waits.
-fn write(path: &str, text: &str) -> Result<(), Failure> {
+pub(crate) fn write(path: &str, text: &str) -> Result<(), Failure> {
     let failed = |error: std::io::Error| from_io(&format!("writing {path}"), &error);
     let mut file = std::fs::File::options()
         .write(true)

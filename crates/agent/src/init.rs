@@ -22,7 +22,7 @@ use crate::cmdline::{self, BootOptions, Upper};
 use crate::devices;
 use crate::serve::{self, Agent};
 use crate::shutdown::Disks;
-use crate::{console, sys};
+use crate::{console, network, sys};
 
 /// How long devices may take to appear. A probe takes milliseconds; under emulation on a busy host,
 /// seconds.
@@ -89,7 +89,7 @@ const STEPS: &[(&str, Step)] = &[
     ("populate the root", populate),
     ("switch to the root", switch_root),
     ("set limits", set_limits),
-    ("bring the loopback interface up", loopback),
+    ("bring the interfaces up", interfaces),
     ("find the port", find_port),
 ];
 
@@ -360,15 +360,12 @@ fn set_limits(_: &mut Boot) -> Result<(), BootError> {
     // (oom_unkillable_task, mm/oom_kill.c), and a score set here would pass to every command.
 }
 
-fn loopback(_: &mut Boot) -> Result<(), BootError> {
-    let socket = rustix::net::socket_with(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        rustix::net::SocketFlags::CLOEXEC,
-        None,
-    );
-    match socket {
-        Ok(socket) => sys::loopback_up(socket.as_fd()).map_err(failed("switching lo on")),
+fn interfaces(_: &mut Boot) -> Result<(), BootError> {
+    match sys::internet_socket() {
+        Ok(socket) => {
+            sys::interface_up(socket.as_fd(), "lo").map_err(failed("switching lo on"))?;
+            network::prepare().map_err(failed("switching the network device on"))
+        }
         // A kernel without IPv4.
         Err(Errno::AFNOSUPPORT) => Ok(()),
         Err(error) => Err(failed("making a socket")(error)),

@@ -12,7 +12,7 @@
 //! | `exec`, `command`, `users`, `cgroup`, `reap` | commands and their ends |
 //! | `connect`, `listen`, `datagrams` | sockets of the guest, joined to streams |
 //! | `files`, `extract`, `list` | trees out, trees in, listings |
-//! | `birth`, `facts`, `shutdown` | identity, state, the way down |
+//! | `birth`, `network`, `facts`, `shutdown` | identity, addresses, state, the way down |
 //! | `sys` | everything that needs `unsafe` |
 
 #![cfg_attr(not(test), no_main)]
@@ -33,6 +33,7 @@ mod files;
 mod init;
 mod list;
 mod listen;
+mod network;
 mod port;
 mod reap;
 mod serve;

@@ -2,12 +2,13 @@
 
 #![expect(
     unsafe_code,
-    reason = "clone3 without fork's handlers, signal masks and three ioctls have no safe wrapper"
+    reason = "clone3 without fork's handlers, signal masks and some ioctls have no safe wrapper"
 )]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Pid, Resource, Rlimit, Uid};
@@ -349,13 +350,36 @@ pub(crate) fn look_up_hosts_by_ourselves() {
     unsafe { __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr()) };
 }
 
-/// Switches the loopback interface on (netdevice(7)). The kernel gives it 127.0.0.1 then.
-pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
+// ---- network interfaces, netdevice(7) ----
+
+/// A socket to configure interfaces with.
+pub(crate) fn internet_socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+}
+
+/// A request about an interface, with nothing but its name, which is cut at 15 bytes.
+fn request_about(interface: &str) -> libc::ifreq {
     // SAFETY: ifreq is plain bytes, for which zero is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = c_char::from_ne_bytes([*from]);
+    for (to, from) in request.ifr_name.iter_mut().zip(name_bytes(interface)) {
+        *to = from;
     }
+    request
+}
+
+fn name_bytes(interface: &str) -> impl Iterator<Item = c_char> {
+    let bytes = interface.bytes().take(libc::IFNAMSIZ - 1);
+    bytes.map(|byte| c_char::from_ne_bytes([byte]))
+}
+
+/// Switches an interface on. The kernel gives the loopback one 127.0.0.1 then.
+pub(crate) fn interface_up(socket: BorrowedFd<'_>, interface: &str) -> rustix::io::Result<()> {
+    let mut request = request_about(interface);
     // SAFETY: the request is an initialised ifreq, which SIOCGIFFLAGS reads and fills.
     result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: SIOCGIFFLAGS filled this member of the union.
@@ -363,6 +387,110 @@ pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
     request.ifr_ifru.ifru_flags = flags | 0x1; // IFF_UP
     // SAFETY: the request is an initialised ifreq, which SIOCSIFFLAGS reads.
     result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
+}
+
+/// Sets an interface's MAC address.
+pub(crate) fn set_mac(
+    socket: BorrowedFd<'_>,
+    interface: &str,
+    mac: [u8; 6],
+) -> rustix::io::Result<()> {
+    let mut request = request_about(interface);
+    request.ifr_ifru.ifru_hwaddr = hardware(mac);
+    // SAFETY: the request is an initialised ifreq, which SIOCSIFHWADDR reads.
+    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) })
+}
+
+/// Sets an interface's one IPv4 address, alone on its link, in place of another.
+pub(crate) fn set_address(
+    socket: BorrowedFd<'_>,
+    interface: &str,
+    address: Ipv4Addr,
+) -> rustix::io::Result<()> {
+    let mut request = request_about(interface);
+    request.ifr_ifru.ifru_addr = internet(address);
+    // SAFETY: the request is an initialised ifreq, which SIOCSIFADDR reads.
+    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) })?;
+    request.ifr_ifru.ifru_netmask = internet(Ipv4Addr::BROADCAST);
+    // SAFETY: the request is an initialised ifreq, which SIOCSIFNETMASK reads.
+    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNETMASK, &raw const request) })
+}
+
+/// Adds a route to the host `to`, or to everything, through a gateway or on the link itself.
+pub(crate) fn add_route(
+    socket: BorrowedFd<'_>,
+    interface: &str,
+    to: Option<Ipv4Addr>,
+    through: Option<Ipv4Addr>,
+) -> rustix::io::Result<()> {
+    let mut name = [0; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(name_bytes(interface)) {
+        *to = from;
+    }
+    // SAFETY: rtentry is plain numbers and a pointer, for which zero is a valid value.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = internet(to.unwrap_or(Ipv4Addr::UNSPECIFIED));
+    route.rt_genmask = internet(match to {
+        Some(_) => Ipv4Addr::BROADCAST,
+        None => Ipv4Addr::UNSPECIFIED,
+    });
+    route.rt_flags = libc::RTF_UP;
+    if to.is_some() {
+        route.rt_flags |= libc::RTF_HOST;
+    }
+    if let Some(gateway) = through {
+        route.rt_flags |= libc::RTF_GATEWAY;
+        route.rt_gateway = internet(gateway);
+    }
+    route.rt_dev = name.as_mut_ptr();
+    // SAFETY: the route is an initialised rtentry, which SIOCADDRT reads, and its name of an
+    // interface is ended by a zero and lives through the call.
+    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) })
+}
+
+/// Tells the kernel for good which MAC address a neighbour has (arp(7)).
+pub(crate) fn set_neighbour(
+    socket: BorrowedFd<'_>,
+    interface: &str,
+    address: Ipv4Addr,
+    mac: [u8; 6],
+) -> rustix::io::Result<()> {
+    // SAFETY: arpreq is plain bytes, for which zero is a valid value.
+    let mut request: libc::arpreq = unsafe { std::mem::zeroed() };
+    request.arp_pa = internet(address);
+    request.arp_ha = hardware(mac);
+    request.arp_flags = libc::ATF_PERM | libc::ATF_COM;
+    for (to, from) in request.arp_dev.iter_mut().zip(name_bytes(interface)) {
+        *to = from;
+    }
+    // SAFETY: the request is an initialised arpreq, which SIOCSARP reads.
+    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSARP, &raw const request) })
+}
+
+/// An IPv4 address in the form of a `sockaddr_in` without a port: ip(7).
+fn internet(address: Ipv4Addr) -> libc::sockaddr {
+    /// `AF_INET`, which libc has as a wider number.
+    const FAMILY: libc::sa_family_t = 2;
+    let mut data = [0; 14];
+    for (to, from) in data.iter_mut().skip(2).zip(address.octets()) {
+        *to = c_char::from_ne_bytes([from]);
+    }
+    libc::sockaddr {
+        sa_family: FAMILY,
+        sa_data: data,
+    }
+}
+
+/// A MAC address in the form the kernel takes it, of the family that Ethernet has there.
+fn hardware(mac: [u8; 6]) -> libc::sockaddr {
+    let mut data = [0; 14];
+    for (to, from) in data.iter_mut().zip(mac) {
+        *to = c_char::from_ne_bytes([from]);
+    }
+    libc::sockaddr {
+        sa_family: libc::ARPHRD_ETHER,
+        sa_data: data,
+    }
 }
 
 /// Sends a signal to every process but the sender and PID 1.

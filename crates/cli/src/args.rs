@@ -8,7 +8,8 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, pause, pool, port, prune, run, setup, shell, snapshot, start, stop, template,
+    list, logs, network, pause, pool, port, prune, run, setup, shell, snapshot, start, stop,
+    template,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -120,6 +121,8 @@ pub(crate) enum Command {
     Snapshot(Snapshot),
     /// Sandboxes made ahead of demand
     Pool(Pool),
+    /// What sandboxes reach
+    Network(Network),
     /// Ports of this host that lead into sandboxes
     Port(Port),
     /// Images sandboxes are made from
@@ -253,6 +256,27 @@ pub(crate) enum PortCommand {
     /// List the ports that lead to a sandbox
     #[command(alias = "ls")]
     List(port::ListArgs),
+}
+
+/// `smolvm network`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm network set box --allow pypi.org")]
+pub(crate) struct Network {
+    #[command(subcommand)]
+    pub(crate) command: Option<NetworkCommand>,
+}
+
+/// The verbs of `smolvm network`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// Show what a sandbox reaches, or what networks use of this host
+    Show(network::ShowArgs),
+    /// Change what a sandbox reaches, also while it runs
+    Set(network::SetArgs),
+    /// Show what was denied to a sandbox
+    Log(network::LogArgs),
+    /// Remove what networks left on this host
+    Reset(network::ResetArgs),
 }
 
 /// `smolvm file`.

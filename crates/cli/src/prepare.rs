@@ -65,7 +65,7 @@ pub(crate) async fn long(
     }
 }
 
-/// Makes `image` and the kernel ready, if they are not.
+/// Makes `image` and the kernel ready, if they are not, for sandboxes with a network or without.
 ///
 /// # Errors
 ///
@@ -76,8 +76,9 @@ pub(crate) async fn image(
     signals: &mut Signals,
     image: &str,
     kernel: &KernelChoice,
+    network: bool,
 ) -> Result<Timed, CliError> {
-    let missing = engine.missing_assets(image, kernel)?;
+    let missing = engine.missing_assets(image, kernel, network)?;
     if missing.is_empty() && !matches!(kernel, KernelChoice::File(_)) {
         return Ok(Timed::new());
     }

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
-use smolvm_engine::{Config, SETTINGS_NAME, Settings};
+use smolvm_engine::{Config, NetworkConfig, SETTINGS_NAME, Settings};
 
 use crate::args::Globals;
 use crate::report::CliError;
@@ -93,6 +93,10 @@ impl World {
             program_dirs: program_dirs(),
             accel: globals.accel.into(),
             templates: set("SMOLVM_NO_TEMPLATES").is_none(),
+            network: NetworkConfig {
+                prefix: settings.network.prefix.net(),
+                ..NetworkConfig::default()
+            },
             boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
             settings,
         })

@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 52] = [
+const COMMANDS: [&str; 61] = [
     "",
     "run",
     "create",
@@ -46,6 +46,11 @@ const COMMANDS: [&str; 52] = [
     "port expose",
     "port close",
     "port list",
+    "network",
+    "network show",
+    "network set",
+    "network log",
+    "network reset",
     "image",
     "image list",
     "image delete",

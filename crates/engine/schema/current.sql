@@ -33,7 +33,8 @@ CREATE TABLE sandboxes (
     holder_start INTEGER,
     vmm_pid INTEGER,
     vmm_start INTEGER
-, paused_ms INTEGER, pool_id TEXT) STRICT;
+, paused_ms INTEGER, pool_id TEXT, network TEXT NOT NULL DEFAULT 'off'
+    CHECK (network IN ('off', 'listed', 'open'))) STRICT;
 
 CREATE TABLE sandbox_env (
     sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
@@ -45,6 +46,27 @@ CREATE TABLE sandbox_env (
 -- One sandbox at a time writes to the layer that belongs to an image.
 CREATE UNIQUE INDEX one_shared_writer ON sandboxes (image_digest)
     WHERE disk_mode = 'shared' AND state IN ('starting', 'running', 'stopping');
+
+-- Names and networks a sandbox may reach, in the order they were given.
+CREATE TABLE sandbox_allowed (
+    sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (sandbox_id, position)
+) STRICT;
+
+-- What a sandbox that runs has of the host's network. Written before anything of it is made.
+CREATE TABLE sandbox_networks (
+    sandbox_id TEXT PRIMARY KEY REFERENCES sandboxes (id) ON DELETE CASCADE,
+    -- Where device and rules are: on the host, or in a network namespace of the keeper's own, with
+    -- which they go.
+    mode TEXT NOT NULL CHECK (mode IN ('tap', 'user')),
+    -- As a number, so that the next free one can be found by counting.
+    address INTEGER NOT NULL UNIQUE CHECK (address BETWEEN 0 AND 4294967295),
+    device TEXT NOT NULL UNIQUE CHECK (length(device) = 15),
+    -- 48 random bits, new with every start: connections are known by them.
+    run INTEGER NOT NULL
+) STRICT;
 
 CREATE TABLE host_facts (
     name TEXT PRIMARY KEY,
@@ -74,13 +96,21 @@ CREATE TABLE snapshots (
     boot_id TEXT,
     holder_pid INTEGER,
     holder_start INTEGER
-) STRICT;
+, network TEXT NOT NULL DEFAULT 'off'
+    CHECK (network IN ('off', 'listed', 'open')), nic INTEGER NOT NULL DEFAULT 0 CHECK (nic IN (0, 1))) STRICT;
 
 CREATE TABLE snapshot_env (
     snapshot_id TEXT NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
     name TEXT NOT NULL,
     value TEXT NOT NULL,
     PRIMARY KEY (snapshot_id, name)
+) STRICT;
+
+CREATE TABLE snapshot_allowed (
+    snapshot_id TEXT NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (snapshot_id, position)
 ) STRICT;
 
 -- Sandboxes made ahead of demand.
@@ -91,13 +121,14 @@ CREATE TABLE pools (
     memory_mib INTEGER NOT NULL,
     disk_mib INTEGER NOT NULL,
     disk_mode TEXT NOT NULL CHECK (disk_mode IN ('isolated', 'memory')),
+    nic INTEGER NOT NULL DEFAULT 0 CHECK (nic IN (0, 1)),
     size INTEGER NOT NULL,
     hits INTEGER NOT NULL DEFAULT 0,
     misses INTEGER NOT NULL DEFAULT 0,
     -- Why the last filling ended early.
     failure TEXT,
     created_ms INTEGER NOT NULL,
-    UNIQUE (image, cpus, memory_mib, disk_mib, disk_mode)
+    UNIQUE (image, cpus, memory_mib, disk_mib, disk_mode, nic)
 ) STRICT;
 
 -- What a member runs, each line in a shell, before it is parked.

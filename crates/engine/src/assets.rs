@@ -30,7 +30,14 @@ const MODULES: &[&str] = &[
     "erofs",
     "overlay",
     "ext4",
+    NIC_DRIVER,
 ];
+
+/// The driver of the network device.
+const NIC_DRIVER: &str = "virtio_net";
+
+/// What is loaded only into machines that have a network device: its driver and what that needs.
+const NIC_MODULES: &[&str] = &["failover.ko", "net_failover.ko", "virtio_net.ko"];
 
 /// One report about long work.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,17 +83,32 @@ impl Assets<'_> {
     /// Downloads the distribution's kernel if it is not there.
     pub(crate) fn make_kernel(&self, watcher: &mut dyn Watcher, cancel: &Cancel) -> Result<()> {
         let _turn = self.turn("kernel", watcher)?;
-        if self.kernel(STOCK_KERNEL)?.is_some() {
+        let place = self.layout.kernels().join(STOCK_KERNEL);
+        let old = self.kernel(STOCK_KERNEL)?;
+        if old.as_ref().is_some_and(has_driver) {
             return Ok(());
         }
+        let making = match old {
+            // Of a release in which sandboxes had no network.
+            Some(_) => self.layout.kernels().join(format!("{STOCK_KERNEL}.new")),
+            None => place.clone(),
+        };
+        self.os
+            .remove_tree("remove the half-made kernel", &making)?;
         fetch_kernel(
             self.os,
             self.programs,
-            &self.layout.kernels().join(STOCK_KERNEL),
+            &making,
             MODULES,
             cancel,
             &mut |progress| report(watcher, "kernel", progress),
         )?;
+        if making != place {
+            // There is one at every moment. Machines that run have no file of the old one open.
+            self.os
+                .exchange("put the kernel in place at", &making, &place)?;
+            self.os.remove_tree("remove the older kernel", &making)?;
+        }
         Ok(())
     }
 
@@ -101,15 +123,27 @@ impl Assets<'_> {
         Ok(key)
     }
 
-    /// The initial RAM file system for a kernel and an agent; written if either is new.
-    pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
-        let path = Self::initramfs_path(kernel, agent)?;
+    /// The initial RAM file system for a kernel, an agent, and a machine with a network device or
+    /// without; written if it is new.
+    pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path, nic: bool) -> Result<PathBuf> {
+        if nic {
+            refuse_without_driver(kernel)?;
+        }
+        let path = Self::initramfs_path(kernel, agent, nic)?;
         if !path.exists() {
+            let mut modules = kernel.modules();
+            modules.retain(|path| {
+                let only_nic = path
+                    .file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(|name| NIC_MODULES.contains(&name));
+                nic || !only_nic
+            });
             write_initramfs(
                 self.os,
                 &Initramfs {
                     agent: agent.to_owned(),
-                    modules: kernel.modules(),
+                    modules,
                 },
                 &path,
             )?;
@@ -117,10 +151,14 @@ impl Assets<'_> {
         Ok(path)
     }
 
-    /// Where the initial RAM file system for a kernel and an agent is, or will be.
-    pub(crate) fn initramfs_path(kernel: &Kernel, agent: &Path) -> Result<PathBuf> {
+    /// Where the initial RAM file system for a kernel, an agent, and a machine with a network device or
+    /// without is, or will be.
+    pub(crate) fn initramfs_path(kernel: &Kernel, agent: &Path, nic: bool) -> Result<PathBuf> {
         let agent = stamp("agent", agent)?;
-        Ok(kernel.dir.join(format!("initramfs-{agent:016x}.cpio")))
+        let kind = if nic { "-net" } else { "" };
+        Ok(kernel
+            .dir
+            .join(format!("initramfs-{agent:016x}{kind}.cpio")))
     }
 
     /// Builds an image if it is not there.
@@ -229,6 +267,25 @@ impl Assets<'_> {
         });
         Ok(self.os.lock("lock", &path)?)
     }
+}
+
+/// Refuses a kernel of a distribution that was unpacked when sandboxes had no network. Others have
+/// everything built in, or it is their maker's business.
+fn refuse_without_driver(kernel: &Kernel) -> Result<()> {
+    if kernel.manifest.modules.is_empty() || has_driver(kernel) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::MissingDependency,
+        "the guest kernel that was unpacked here has no driver for network devices",
+    )
+    .hint("get it with `smolvm setup`"))
+}
+
+/// Whether machines with this kernel of a distribution can have a network device.
+pub(crate) fn has_driver(kernel: &Kernel) -> bool {
+    let driver = format!("{NIC_DRIVER}.ko");
+    kernel.manifest.modules.contains(&driver)
 }
 
 /// An image nobody knows.

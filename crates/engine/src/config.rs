@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::NetworkConfig;
 use crate::settings::Settings;
 
 /// Where things are and how to behave. No field has a meaning that depends on another.
@@ -22,6 +23,8 @@ pub struct Config {
     pub accel: AccelChoice,
     /// Whether a first start restores a machine that was booted ahead of it.
     pub templates: bool,
+    /// How the networks of sandboxes are made.
+    pub network: NetworkConfig,
     /// Most time a guest may take from start to ready.
     pub boot_timeout: Duration,
     /// What the owner of the data directory has set.

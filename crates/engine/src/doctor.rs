@@ -152,7 +152,7 @@ impl Engine {
                 );
             }
         }
-        match self.missing_assets(DEFAULT_IMAGE, &KernelChoice::Auto) {
+        match self.missing_assets(DEFAULT_IMAGE, &KernelChoice::Auto, false) {
             Ok(missing) if missing.is_empty() => {
                 report.add(
                     "image",

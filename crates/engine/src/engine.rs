@@ -1,5 +1,7 @@
 //! The engine: what exists, what it needs, and its life.
 
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
 
-use crate::assets::{Assets, STOCK_KERNEL, Watcher, unknown_image};
+use crate::assets::{Assets, STOCK_KERNEL, Watcher, has_driver, unknown_image};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
@@ -23,6 +25,7 @@ use crate::kernels;
 use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
 use crate::names;
+use crate::network::{self, NetworkLaunch, NetworkSpec};
 use crate::plan::{self, HostFacts, Layer};
 use crate::ports::{self, PublishedPort};
 use crate::session::Session;
@@ -77,6 +80,10 @@ pub struct SandboxInfo {
     pub workdir: Option<String>,
     /// User of commands that name none.
     pub user: Option<String>,
+    /// What it may reach.
+    pub network: NetworkSpec,
+    /// Its address, while it runs with a network device.
+    pub address: Option<Ipv4Addr>,
     /// Time after each start at which it is destroyed.
     pub ttl: Option<Duration>,
     /// Engine of the last start.
@@ -224,9 +231,19 @@ impl Engine {
             return Ok(Vec::new());
         };
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
+        let networks = store.networks()?;
+        let address = |row: &SandboxRow| {
+            let own = networks.iter().find(|network| network.sandbox_id == row.id);
+            own.map(|network| network.address)
+        };
         // Members of pools are nobody's yet, and what is being removed is nobody's any more.
         let visible = rows.into_iter().filter(|row| !row.spec.name.is_hidden());
-        Ok(visible.map(|row| self.describe(row)).collect())
+        Ok(visible
+            .map(|row| {
+                let address = address(&row);
+                self.describe(row, address)
+            })
+            .collect())
     }
 
     /// One sandbox.
@@ -238,7 +255,9 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
         };
-        Ok(self.describe(self.row(&mut store, name)?))
+        let row = self.row(&mut store, name)?;
+        let address = store.network(&row.id)?.map(|network| network.address);
+        Ok(self.describe(row, address))
     }
 
     /// A name that is free at this moment.
@@ -312,7 +331,7 @@ impl Engine {
         Ok(row)
     }
 
-    fn describe(&self, row: SandboxRow) -> SandboxInfo {
+    fn describe(&self, row: SandboxRow, address: Option<Ipv4Addr>) -> SandboxInfo {
         let held = row.state.is_held();
         let pid = |identity: Option<ProcessIdentity>| {
             identity
@@ -337,6 +356,8 @@ impl Engine {
             env: row.spec.env,
             workdir: row.spec.workdir,
             user: row.spec.user,
+            network: row.spec.network,
+            address,
             ttl: row.spec.ttl,
             engine: row.engine,
             accel: row.accel,
@@ -352,19 +373,26 @@ impl Engine {
 
     // ---- what is needed ----
 
-    /// What `image` still needs before a sandbox can start from it with this kernel; empty if
-    /// nothing.
+    /// What `image` still needs before a sandbox can start from it with this kernel, with a network
+    /// device or without; empty if nothing.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`] for an image or a small kernel that is not there and is not made by
     /// the way.
-    pub fn missing_assets(&self, image: &str, kernel: &KernelChoice) -> Result<Vec<String>> {
+    pub fn missing_assets(
+        &self,
+        image: &str,
+        kernel: &KernelChoice,
+        network: bool,
+    ) -> Result<Vec<String>> {
         let mut missing = Vec::new();
         let chosen = self.assets().choose_kernel(kernel)?;
-        if chosen.as_deref() == Some(STOCK_KERNEL) && self.assets().kernel(STOCK_KERNEL)?.is_none()
-        {
-            missing.push("kernel".to_owned());
+        if chosen.as_deref() == Some(STOCK_KERNEL) {
+            let there = self.assets().kernel(STOCK_KERNEL)?;
+            if there.is_none_or(|there| network && !has_driver(&there)) {
+                missing.push("kernel".to_owned());
+            }
         }
         if self.images()?.iter().all(|known| known.name != image) {
             if image != crate::spec::DEFAULT_IMAGE {
@@ -458,6 +486,9 @@ impl Engine {
     /// [`ErrorKind::InvalidInput`]. Nothing remains after an error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
+        if spec.network.needs_device() {
+            network::refuse_unprivileged()?;
+        }
         self.create_with(spec, &self.kernel_for(spec)?)
     }
 
@@ -484,7 +515,7 @@ impl Engine {
             }
         })?;
         let row = self.insert(&mut store, spec, image.digest, kernel.to_owned(), None)?;
-        Ok(self.describe(row))
+        Ok(self.describe(row, None))
     }
 
     /// Writes the row of a new sandbox and makes its directory.
@@ -617,6 +648,13 @@ impl Engine {
             let (session, mut warnings) = match self.realize(&mut store, &row, beginning) {
                 Ok(realized) => realized,
                 Err(error) => {
+                    // It says more than that this could not be done as well, which the next start or
+                    // repair does.
+                    if let Err(left) =
+                        network::release(self.os(), self.layout(), &mut store, &row.id)
+                    {
+                        tracing::warn!(%left, "could not give back the network of a sandbox");
+                    }
                     store.transition(
                         &row.id,
                         &[State::Starting],
@@ -691,8 +729,10 @@ impl Engine {
         let row = &row;
         // Its keeper takes them; that they can be taken is known before a machine is started.
         drop(ports::bind_all(self.os(), &row.spec.ports)?);
-        let facts = self.host_facts(store, row)?;
-        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?);
+        let nic = row.spec.network.needs_device() || beginning.nic;
+        let facts = self.host_facts(store, row, nic)?;
+        let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
+        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network);
         let layer = plan::layer(row, self.layout());
         let fresh = match &layer {
             Layer::File(path) => !path.exists(),
@@ -796,15 +836,37 @@ impl Engine {
         }
     }
 
-    pub(crate) fn host_facts(&self, store: &mut Store, row: &SandboxRow) -> Result<HostFacts> {
+    /// Gives a run of a sandbox its address and its device's name, in a row.
+    fn allocate_network(&self, store: &mut Store, row: &SandboxRow) -> Result<NetworkLaunch> {
+        network::refuse_unprivileged()?;
+        // A run that was cut short may have left its own.
+        network::release(self.os(), self.layout(), store, &row.id)?;
+        let config = &self.config().network;
+        let own = network::allocate(store, &row.id, config, &BTreeSet::new())?;
+        NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)
+    }
+
+    /// The facts for a machine, with a network device or without.
+    pub(crate) fn host_facts(
+        &self,
+        store: &mut Store,
+        row: &SandboxRow,
+        nic: bool,
+    ) -> Result<HostFacts> {
         let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
-        let facts = self.facts_with(store, &kernel)?;
-        self.assets().initramfs(&kernel, &self.config().agent)?;
+        let facts = self.facts_with(store, &kernel, nic)?;
+        self.assets()
+            .initramfs(&kernel, &self.config().agent, nic)?;
         Ok(facts)
     }
 
     /// The facts for a machine with this kernel, whose initial RAM file system may not be written yet.
-    pub(crate) fn facts_with(&self, store: &mut Store, kernel: &Kernel) -> Result<HostFacts> {
+    pub(crate) fn facts_with(
+        &self,
+        store: &mut Store,
+        kernel: &Kernel,
+        nic: bool,
+    ) -> Result<HostFacts> {
         let qemu = self.programs().find("qemu-system-x86_64")?;
         let acceleration = facts::acceleration(store, self.config().accel)?;
         let accel = if acceleration.kvm {
@@ -821,7 +883,7 @@ impl Engine {
             },
             vmlinux: kernel.vmlinux(),
             devices: kernels::devices(kernel),
-            initramfs: Assets::initramfs_path(kernel, &self.config().agent)?,
+            initramfs: Assets::initramfs_path(kernel, &self.config().agent, nic)?,
             boot_timeout: self.config().boot_timeout,
         })
     }
@@ -1048,6 +1110,8 @@ impl Engine {
 pub(crate) struct Beginning<'a> {
     /// A machine that was saved.
     pub(crate) snapshot: Option<&'a Saved>,
+    /// Whether the machine has a network device although it may reach nothing.
+    pub(crate) nic: bool,
     /// For a member of a pool, what it is to have run.
     pub(crate) park: Option<Vec<WarmCommand>>,
 }

@@ -13,6 +13,7 @@ use smolvm_vmm::VmPlan;
 
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::{SOCKET_NAME, SandboxDir};
+use crate::network::NetworkLaunch;
 use crate::ports::PublishedPort;
 
 /// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
@@ -29,6 +30,8 @@ pub struct Launch {
     pub engine: String,
     /// The machine.
     pub vm: VmPlan,
+    /// Its network, if it has a network device.
+    pub network: Option<NetworkLaunch>,
     /// Environment of every command.
     pub env: Vec<(String, String)>,
     /// Working directory of commands that name none.

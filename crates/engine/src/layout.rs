@@ -10,7 +10,8 @@
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
 //! pools/                           <id>.json, <id>.lock, <id>.log
 //! cache/ext4-<size MiB>.img        empty writable layers to copy
-//! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log
+//! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log,
+//!                                  denied.json
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -144,6 +145,12 @@ impl SandboxDir {
     #[must_use]
     pub fn console(&self) -> PathBuf {
         self.path.join("console.log")
+    }
+
+    /// What was denied to it, as of the last time somebody asked, or of its end.
+    #[must_use]
+    pub fn denied(&self) -> PathBuf {
+        self.path.join("denied.json")
     }
 
     /// What the keeper had to say.

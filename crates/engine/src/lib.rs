@@ -43,6 +43,7 @@ mod kernels;
 pub mod launch;
 pub mod layout;
 mod names;
+pub mod network;
 mod plan;
 mod pool;
 pub mod ports;
@@ -66,6 +67,9 @@ pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};
 pub use kernels::{BuiltKernel, KernelInfo};
+pub use network::{
+    ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
+};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};

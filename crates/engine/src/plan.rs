@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use smolvm_host::ProcessIdentity;
-use smolvm_vmm::{Accel, Devices, DiskPlan, Memory, VmPlan};
+use smolvm_vmm::{Accel, Devices, DiskPlan, Memory, NicPlan, VmPlan};
 
 use crate::launch::Launch;
 use crate::layout::Layout;
+use crate::network::NetworkLaunch;
 use crate::spec::DiskMode;
 use crate::store::SandboxRow;
 
@@ -55,6 +56,7 @@ pub(crate) fn plan(
     layout: &Layout,
     facts: &HostFacts,
     starter: &ProcessIdentity,
+    network: Option<NetworkLaunch>,
 ) -> Launch {
     let mut disks = vec![DiskPlan {
         path: layout.image(&row.image_digest).join("root.erofs"),
@@ -93,8 +95,12 @@ pub(crate) fn plan(
             initrd: facts.initramfs.clone(),
             cmdline: format!("smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper={upper}"),
             disks,
+            nic: network
+                .as_ref()
+                .map(|network| NicPlan { mac: network.mac() }),
             tsc_khz: facts.tsc_khz,
         },
+        network,
         env: row.spec.env.clone(),
         workdir: row.spec.workdir.clone(),
         user: row.spec.user.clone(),
@@ -162,7 +168,7 @@ mod tests {
             ),
         ] {
             row.spec.disk_mode = mode;
-            let launch = plan(&row, &layout, &facts(), &starter());
+            let launch = plan(&row, &layout, &facts(), &starter(), None);
             let paths: Vec<_> = launch
                 .vm
                 .disks
@@ -182,7 +188,13 @@ mod tests {
 
     #[test]
     fn a_launch_comes_back_as_it_was_written() {
-        let launch = plan(&row("a"), &Layout::new("/d".into()), &facts(), &starter());
+        let launch = plan(
+            &row("a"),
+            &Layout::new("/d".into()),
+            &facts(),
+            &starter(),
+            None,
+        );
         let text = serde_json::to_string(&launch).expect("json");
         assert_eq!(serde_json::from_str::<Launch>(&text).expect("json"), launch);
         assert_eq!(launch.ttl_ms, Some(7000));

@@ -41,6 +41,8 @@ pub struct PoolSpec {
     pub disk_mib: u32,
     /// Where a member's changes go; not [`DiskMode::Shared`].
     pub disk_mode: DiskMode,
+    /// Whether members have a network device. What a sandbox reaches is said when it is taken.
+    pub nic: bool,
     /// Members there are to be, 0 to [`POOL_SIZE_MAX`]. With 0 there is no pool.
     pub size: u32,
     /// What a member runs, each in a shell and with success, before it is parked; after `true` and,
@@ -70,6 +72,7 @@ pub struct PoolInfo {
 impl PoolSpec {
     fn matches(&self, spec: &SandboxSpec) -> bool {
         spec.kernel == KernelChoice::Auto
+            && self.nic == spec.network.needs_device()
             && (&*self.image, self.cpus, self.memory_mib)
                 == (&*spec.image, spec.cpus, spec.memory_mib)
             && (self.disk_mib, self.disk_mode) == (spec.disk_mib, spec.disk_mode)
@@ -94,6 +97,7 @@ impl PoolSpec {
             memory_mib: row.memory_mib,
             disk_mib: row.disk_mib,
             disk_mode: row.disk_mode,
+            nic: row.nic,
             size: row.size,
             commands: row.commands.clone(),
         }
@@ -284,6 +288,7 @@ impl Engine {
             memory_mib: spec.memory_mib,
             disk_mib: spec.disk_mib,
             disk_mode: spec.disk_mode,
+            nic: spec.nic,
             size: spec.size,
             commands: spec.commands.clone(),
             hits: 0,
@@ -421,6 +426,7 @@ impl Engine {
         let row = self.insert(store, &spec, digest, kernel, Some(pool.id.clone()))?;
         let beginning = Beginning {
             snapshot: None,
+            nic: pool.nic,
             park: Some(warm_commands(&pool.commands)),
         };
         let name = row.spec.name.as_str();
@@ -516,6 +522,10 @@ fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
             .ttl
             .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
         ephemeral: spec.ephemeral,
+        network: spec
+            .network
+            .needs_device()
+            .then(|| spec.network.to_message()),
         starter: starter.map(|starter| Starter {
             pid: starter.pid,
             start_time_ticks: starter.start_time_ticks,
@@ -528,6 +538,7 @@ fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::NetworkSpec;
 
     fn pool() -> PoolSpec {
         PoolSpec {
@@ -536,6 +547,7 @@ mod tests {
             memory_mib: 512,
             disk_mib: 4096,
             disk_mode: DiskMode::Isolated,
+            nic: false,
             size: 1,
             commands: Vec::new(),
         }
@@ -545,13 +557,14 @@ mod tests {
     fn a_pool_is_for_sandboxes_of_its_kind() {
         let spec = SandboxSpec::new("a".parse().expect("a name"));
         assert!(pool().matches(&spec));
-        let others: [fn(&mut SandboxSpec); 6] = [
+        let others: [fn(&mut SandboxSpec); 7] = [
             |spec| spec.image = "other".to_owned(),
             |spec| spec.cpus = 2,
             |spec| spec.memory_mib = 256,
             |spec| spec.disk_mib = 64,
             |spec| spec.disk_mode = DiskMode::Memory,
             |spec| spec.kernel = KernelChoice::Stock,
+            |spec| spec.network = NetworkSpec::open(),
         ];
         for change in others {
             let mut other = spec.clone();

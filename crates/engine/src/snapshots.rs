@@ -381,6 +381,7 @@ impl Engine {
             env: row.env.clone(),
             workdir: row.workdir.clone(),
             user: row.user.clone(),
+            network: row.network.clone(),
             ..SandboxSpec::new(name.clone())
         };
         self.insert(
@@ -392,6 +393,7 @@ impl Engine {
         )?;
         let beginning = Beginning {
             snapshot: Some(saved),
+            nic: row.nic,
             park: None,
         };
         match self.start_with(name.as_str(), &beginning).await {
@@ -418,7 +420,7 @@ impl Engine {
         refuse_uncopyable(&sandbox)?;
         let mut store = self.store()?;
         self.reconcile_snapshots(&mut store)?;
-        let facts = self.host_facts(&mut store, &sandbox)?;
+        let facts = self.host_facts(&mut store, &sandbox, false)?;
         let row = SnapshotRow {
             id: format!("{:016x}", random_u64()?),
             name: snapshot.to_owned(),
@@ -434,6 +436,8 @@ impl Engine {
             env: sandbox.spec.env.clone(),
             workdir: sandbox.spec.workdir.clone(),
             user: sandbox.spec.user.clone(),
+            network: sandbox.spec.network.clone(),
+            nic: store.network(&sandbox.id)?.is_some(),
             created_at: Timestamp::now(),
             holder: Some(myself()?),
         };

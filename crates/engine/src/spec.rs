@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::network::NetworkSpec;
 use crate::ports::{self, PublishedPort};
 
 /// The image used when none is named.
@@ -178,6 +179,8 @@ pub struct SandboxSpec {
     pub kernel: KernelChoice,
     /// Ports of the host that lead to it. A host port of 0 is chosen when it is created.
     pub ports: Vec<PublishedPort>,
+    /// What it may reach.
+    pub network: NetworkSpec,
 }
 
 impl SandboxSpec {
@@ -198,6 +201,7 @@ impl SandboxSpec {
             ephemeral: false,
             kernel: KernelChoice::Auto,
             ports: Vec::new(),
+            network: NetworkSpec::off(),
         }
     }
 
@@ -247,7 +251,7 @@ impl SandboxSpec {
             )
             .hint("leave --ttl out, or give it more than 0s"));
         }
-        Ok(())
+        self.network.check()
     }
 }
 

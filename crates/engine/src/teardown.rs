@@ -8,6 +8,7 @@ use smolvm_host::os::{Lock, Os};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
+use crate::network;
 use crate::store::{SandboxRow, State, Store};
 
 /// Most time a killed process may take to be gone.
@@ -22,6 +23,7 @@ pub fn destroy(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<
 
 /// The second half of [`destroy`], for a sandbox that is `deleting` already.
 pub fn finish_delete(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
+    network::release(os, layout, store, id)?;
     os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
         .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))?;
     store.delete_sandbox(id)
@@ -75,6 +77,15 @@ pub(crate) fn reconcile(os: &Os, layout: &Layout, store: &mut Store) -> Result<V
     if changed {
         rows = store.sandboxes()?;
     }
+    for network in store.networks()? {
+        let off = |row: &SandboxRow| row.id == network.sandbox_id && !row.state.is_held();
+        // Its keeper could not give it back, or is just about to.
+        if rows.iter().any(off)
+            && let Some(_lock) = try_lock(os, layout, &network.sandbox_id)?
+        {
+            network::release(os, layout, store, &network.sandbox_id)?;
+        }
+    }
     Ok(rows)
 }
 
@@ -105,6 +116,7 @@ pub(crate) fn reconcile_row(
         Verdict::Fine => Ok(false),
         Verdict::Dead => {
             end_vmm(row)?;
+            network::release(os, layout, store, &row.id)?;
             let reason = "its keeper ended without a word; the files are as they were";
             store.transition(
                 &row.id,

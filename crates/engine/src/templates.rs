@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
 use smolvm_host::cancel::Cancel;
 use smolvm_proto::version::{VERSION_MAX, VERSION_MIN};
-use smolvm_vmm::{Accel, Devices, Memory, VmPlan};
+use smolvm_vmm::{Accel, Devices, Memory, NicPlan, VmPlan};
 
 use crate::assets::{Assets, Progress, Watcher, stamp};
 use crate::engine::{Engine, entries, myself, random_u64, used_below, wait_for_any};
@@ -27,7 +27,7 @@ use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts;
 use crate::launch::Launch;
 use crate::layout::SavedMachine;
-use crate::plan;
+use crate::plan::{self, HostFacts};
 use crate::spec::{DiskMode, SandboxSpec};
 use crate::store::{SandboxRow, State, Store};
 
@@ -75,7 +75,13 @@ struct Purpose {
     memory_mib: u32,
     /// Size of the writable layer; absent if it is the guest's memory.
     disk_mib: Option<u32>,
+    /// Whether the machine has a network device.
+    #[serde(default)]
+    nic: bool,
 }
+
+/// The MAC address of templates, which never send: locally administered, and no guest's.
+const TEMPLATE_MAC: [u8; 6] = [0x06, 0x73, 0, 0, 0, 0];
 
 /// Where a template says what it is made of.
 fn description(template: &SavedMachine) -> PathBuf {
@@ -101,6 +107,7 @@ impl Ingredients {
                 cpus: vm.cpus,
                 memory_mib: vm.memory_mib,
                 disk_mib: (row.spec.disk_mode != DiskMode::Memory).then_some(row.spec.disk_mib),
+                nic: vm.nic.is_some(),
             },
             boot: smolvm_host::process::boot_id()?,
             cpu: facts::cpu()?,
@@ -277,6 +284,8 @@ fn build(
         vm: template_plan(&launch.vm, making),
         snapshot: Some(making.state()),
         ports: Vec::new(),
+        // Its device leads nowhere, so it needs nothing of the host's network.
+        network: None,
         ..launch.clone()
     };
     let file = making.path().join("launch.json");
@@ -353,6 +362,10 @@ fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
         memory: Memory::File(making.memory()),
         ..vm.clone()
     };
+    // Each copy gets a MAC address of its own at its birth.
+    if let Some(nic) = &mut vm.nic {
+        *nic = NicPlan { mac: TEMPLATE_MAC };
+    }
     for disk in vm.disks.iter_mut().filter(|disk| !disk.read_only) {
         disk.path = making.disk();
     }
@@ -391,6 +404,8 @@ pub struct TemplateShape {
     pub memory_mib: u32,
     /// Size of the writable layer in MiB; absent if changes go to the guest's memory.
     pub disk_mib: Option<u32>,
+    /// Whether it has a network device.
+    pub nic: bool,
 }
 
 /// A template that was asked for.
@@ -443,7 +458,8 @@ impl Engine {
         spec.check()?;
         let mut store = self.store()?;
         let row = self.unmade_row(&store, spec)?;
-        let facts = self.host_facts(&mut store, &row)?;
+        let nic = spec.network.needs_device();
+        let facts = self.host_facts(&mut store, &row, nic)?;
         if let Some(reason) = self.why_no_template(&row, &facts) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -451,7 +467,7 @@ impl Engine {
             )
             .because(reason));
         }
-        let launch = plan::plan(&row, self.layout(), &facts, &myself()?);
+        let launch = self.template_launch(&row, &facts, nic)?;
         let attention = Attention { watcher, cancel };
         let keeper = &self.config().keeper;
         let (template, built) = obtain(&self.assets(), keeper, &row, &launch, Some(attention))?;
@@ -575,6 +591,7 @@ impl Engine {
                 cpus: purpose.cpus,
                 memory_mib: purpose.memory_mib,
                 disk_mib: purpose.disk_mib,
+                nic: purpose.nic,
             }
         });
         let modified = std::fs::metadata(&found.dir).and_then(|dir| dir.modified());
@@ -617,14 +634,21 @@ impl Engine {
             None => spec.disk_mode = DiskMode::Memory,
         }
         let row = row_of(&spec, purpose.image.clone(), purpose.kernel.clone());
-        let facts = match self.facts_with(store, &kernel) {
+        let facts = match self.facts_with(store, &kernel, purpose.nic) {
             Ok(facts) => facts,
             Err(error) => return stale(&error.in_one_line()),
         };
-        let launch = plan::plan(&row, self.layout(), &facts, &myself()?);
+        let launch = self.template_launch(&row, &facts, purpose.nic)?;
         Ok(known
             .changed(&Ingredients::of(&row, &launch, &self.config().keeper)?)
             .map(str::to_owned))
+    }
+
+    /// The launch of a sandbox that is only thought of, and so has no network even if it has a device.
+    fn template_launch(&self, row: &SandboxRow, facts: &HostFacts, nic: bool) -> Result<Launch> {
+        let mut launch = plan::plan(row, self.layout(), facts, &myself()?, None);
+        launch.vm.nic = nic.then_some(NicPlan { mac: TEMPLATE_MAC });
+        Ok(launch)
     }
 
     /// The row of a sandbox that is only thought of.
@@ -670,6 +694,7 @@ mod tests {
                 cpus: 1,
                 memory_mib: 512,
                 disk_mib: Some(4096),
+                nic: false,
             },
             boot: "b".to_owned(),
             cpu: "Xeon, stepping 7, 0".to_owned(),

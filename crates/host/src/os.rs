@@ -206,6 +206,18 @@ impl Os {
         self.effect(op, to, || fs::rename(from, to))
     }
 
+    /// Exchanges what two paths of one file system name, in one step.
+    ///
+    /// # Errors
+    ///
+    /// Those of renameat2(2); nothing has changed then.
+    pub fn exchange(&self, op: &'static str, one: &Path, other: &Path) -> Result<(), HostError> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        self.effect(op, other, || {
+            renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(Into::into)
+        })
+    }
+
     /// Sets the permission bits of a file.
     ///
     /// # Errors

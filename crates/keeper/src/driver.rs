@@ -22,7 +22,7 @@ use smolvm_engine::layout::Layout;
 use smolvm_engine::ports::{self, Bound};
 use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
-use smolvm_engine::{ErrorKind, PublishedPort};
+use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{
@@ -42,6 +42,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
+use crate::net::Network;
 use crate::ports::Ports;
 use crate::routes::{ClientId, FromGuest, Routes};
 use crate::template::Started;
@@ -159,6 +160,7 @@ pub(crate) struct Driver {
     ttl: Option<Instant>,
     vmm_us: u64,
     pub(crate) vm: Box<dyn Vm>,
+    pub(crate) network: Option<Network>,
     pub(crate) guest: Outgoing,
     guest_writing: JoinHandle<()>,
     tail: Tail,
@@ -185,6 +187,7 @@ pub(crate) async fn run(
     launch: Launch,
     begun: Instant,
     started: Started,
+    network: Option<Network>,
     listener: StdUnixListener,
     ports: Vec<Bound>,
 ) -> Result<(), KeeperError> {
@@ -249,6 +252,7 @@ pub(crate) async fn run(
         ttl: None,
         vmm_us,
         vm,
+        network,
         guest,
         guest_writing,
         tail,
@@ -462,6 +466,10 @@ impl Driver {
                 .map(|path| path.clone().into_bytes().into()),
             user: self.launch.user.clone(),
             same: same.then_some(true),
+            network: match &self.network {
+                Some(network) if !same => Some(network.told()),
+                _ => None,
+            },
         })
     }
 
@@ -636,6 +644,23 @@ impl Driver {
                     Err(error) => refusal(&error),
                 };
                 self.answer(waiter, &answer);
+                None
+            }
+            KeeperRequest::SetNetwork(policy) => {
+                let set = NetworkSpec::from_message(&policy).and_then(|spec| {
+                    self.change_network(&spec)?;
+                    self.store.set_network_spec(&self.launch.id, &spec)
+                });
+                self.answer_done(waiter, set);
+                None
+            }
+            KeeperRequest::WriteDenied => {
+                let path = self.layout.sandbox(&self.launch.id).denied();
+                let written = match &self.network {
+                    Some(network) => network.write_denied(&path),
+                    None => Ok(()),
+                };
+                self.answer_done(waiter, written);
                 None
             }
         }
@@ -831,6 +856,7 @@ impl Driver {
             End::Destroy { why } => (State::Deleting, Some((*why).to_owned())),
         };
         tracing::info!(?end, %exit, "the machine is off");
+        self.give_network_back(!destroy);
         let outcome = if destroy {
             let id = &self.launch.id;
             self.store.begin_delete(id, Some(&self.me)).and_then(|()| {
@@ -879,6 +905,28 @@ impl Driver {
         Ok(outcome?)
     }
 
+    /// What cannot be given back now is found by its row, at the next start or repair.
+    fn give_network_back(&mut self, keep_log: bool) {
+        let Some(network) = &self.network else { return };
+        if keep_log
+            && let Err(error) = network.write_denied(&self.layout.sandbox(&self.launch.id).denied())
+        {
+            tracing::warn!(
+                reason = error.in_one_line(),
+                "could not keep what was denied"
+            );
+        }
+        let back = network
+            .take_down()
+            .and_then(|()| self.store.delete_network(&self.launch.id));
+        if let Err(error) = back {
+            tracing::warn!(
+                reason = error.in_one_line(),
+                "could not give the network back"
+            );
+        }
+    }
+
     /// Gives every client the time to take what was sent to it.
     async fn farewell(self) {
         self.guest_writing.abort();
@@ -887,6 +935,26 @@ impl Driver {
             drop(client.outgoing);
             let _ = tokio::time::timeout_at(deadline, client.writing).await;
         }
+    }
+
+    /// Changes what the sandbox may reach.
+    pub(crate) fn change_network(&mut self, spec: &NetworkSpec) -> Result<(), Error> {
+        match &mut self.network {
+            Some(network) => network.change(spec),
+            None if spec.needs_device() => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("sandbox `{}` has no network device", self.launch.name),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn answer_done(&self, waiter: Waiter, outcome: Result<(), Error>) {
+        let answer = match outcome {
+            Ok(()) => KeeperEvent::Done(Done::default()),
+            Err(error) => failure(error.in_one_line(), Vec::new()),
+        };
+        self.answer(waiter, &answer);
     }
 
     pub(crate) fn answer(&self, (client, stream): Waiter, event: &KeeperEvent) {

@@ -11,6 +11,7 @@ mod driver;
 mod error;
 mod link;
 mod member;
+mod net;
 mod ports;
 mod routes;
 mod still;
@@ -25,11 +26,13 @@ use jiff::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
+use smolvm_engine::network;
 use smolvm_engine::store::{State, Store};
 use smolvm_host::os::Os;
 use smolvm_vmm::{Backend, Memory, VmPlan};
 
 use crate::error::KeeperError;
+use crate::net::Network;
 use crate::template::Started;
 
 /// Finds a backend by the name a launch file gives.
@@ -72,13 +75,14 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
     // A second descriptor of the socket: a client that waits for an answer is let go only when
     // this process ends, after the reason has been recorded.
     let _waiting_clients = listener.try_clone();
-    let launch = Launch::read(path)?;
+    let mut launch = Launch::read(path)?;
     let outcome = runtime()?.block_on(async {
         let backend = backends(&launch.engine)
             .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
         let ports = smolvm_engine::ports::bind_all(&Os::new(), &launch.ports)?;
-        let started = start(backend.as_ref(), &launch).await?;
-        driver::run(launch.clone(), begun, started, listener, ports).await
+        let network = Network::set_up(&Os::new(), &mut launch).await?;
+        let started = start(backend.as_ref(), &launch, network.as_ref()).await?;
+        driver::run(launch.clone(), begun, started, network, listener, ports).await
     });
     if let Err(error) = &outcome {
         give_up(&launch, error);
@@ -89,10 +93,15 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
 
 /// Starts the machine: from a template if there is one, by booting otherwise. A template that
 /// cannot be restored costs its time, and nothing else.
-async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, KeeperError> {
+async fn start(
+    backend: &dyn Backend,
+    launch: &Launch,
+    network: Option<&Network>,
+) -> Result<Started, KeeperError> {
     let mut booted_because = None;
+    let cable = || network.map(Network::cable).transpose();
     if let Some(restore) = &launch.restore {
-        match template::wake(backend, launch, restore).await {
+        match template::wake(backend, launch, restore, cable()?).await {
             Err(error) if restore.or_boot => {
                 let reason = error.chain();
                 tracing::warn!(reason, "could not start from a template; booting instead");
@@ -107,7 +116,7 @@ async fn start(backend: &dyn Backend, launch: &Launch) -> Result<Started, Keeper
     };
     Ok(Started {
         booted_because,
-        ..Started::new(backend.start(&plan).await?)
+        ..Started::new(backend.start(&plan, cable()?).await?)
     })
 }
 
@@ -166,6 +175,7 @@ fn give_up(launch: &Launch, error: &KeeperError) {
     let recorded = Store::open(&layout.database()).and_then(|mut store| {
         let held = [State::Starting, State::Running, State::Stopping];
         let reason = error.chain();
+        network::release(&Os::new(), &layout, &mut store, &launch.id)?;
         store.transition(
             &launch.id,
             &held,

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use smolvm_engine::NetworkSpec;
 use smolvm_engine::ports;
 use smolvm_engine::store::Identity;
 use smolvm_host::ProcessIdentity;
@@ -111,6 +112,12 @@ impl Driver {
                 return None;
             }
         };
+        // Before the guest is let go on. If the claim fails after all it stands still, and the next
+        // claim sets its own.
+        if let Err(error) = self.change_network(&identity.network) {
+            self.answer(waiter, &refusal(&error));
+            return None;
+        }
         let claimed = self
             .store
             .claim_member(&self.launch.id, &identity, Timestamp::now());
@@ -177,5 +184,9 @@ fn identity(claim: &ClaimRequest) -> smolvm_engine::Result<Identity> {
             .flatten()
             .map(ports::published)
             .collect::<smolvm_engine::Result<_>>()?,
+        network: match &claim.network {
+            Some(policy) => NetworkSpec::from_message(policy)?,
+            None => NetworkSpec::off(),
+        },
     })
 }

@@ -5,10 +5,13 @@
 //! told Hello, it says it again, and everything after is as after a boot ([`smolvm_proto::rejoin`]).
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
 use smolvm_engine::launch::{Launch, Restore};
+use smolvm_host::net::tap::Tap;
+use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
 use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
@@ -66,9 +69,10 @@ pub(crate) async fn wake(
     backend: &dyn Backend,
     launch: &Launch,
     Restore { state, or_boot }: &Restore,
+    cable: Option<OwnedFd>,
 ) -> Result<Started, KeeperError> {
     let or_boot = *or_boot;
-    let started = Started::new(backend.restore(&launch.vm, state).await?);
+    let started = Started::new(backend.restore(&launch.vm, state, cable).await?);
     let talk = async {
         let mut link = Link::new(started.channel)?;
         let greeting = link.rejoin().await?;
@@ -142,12 +146,17 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
             std::io::ErrorKind::InvalidInput.into(),
         ));
     };
+    // A machine that is to have a network device gets one with nobody at the other end.
+    let cable = match launch.vm.nic {
+        Some(_) => Some(Tap::detached(&Os::new(), true).map_err(smolvm_engine::Error::from)?),
+        None => None,
+    };
     let Started {
         mut vm,
         channel,
         console,
         ..
-    } = Started::new(backend.start(&launch.vm).await?);
+    } = Started::new(backend.start(&launch.vm, cable).await?);
     let tail = Tail::default();
     tokio::spawn(console::record(console, "/dev/null".into(), tail.clone()));
     let boot = Duration::from_millis(launch.boot_timeout_ms);

@@ -66,6 +66,7 @@ fn pool(size: u32, commands: &[&str]) -> PoolSpec {
         memory_mib: sandbox.memory_mib,
         disk_mib: sandbox.disk_mib,
         disk_mode: sandbox.disk_mode,
+        nic: false,
         size,
         commands: commands
             .iter()

@@ -261,6 +261,7 @@ async fn a_member_of_a_pool_takes_ports_when_it_is_claimed() {
         memory_mib: like.memory_mib,
         disk_mib: like.disk_mib,
         disk_mode: like.disk_mode,
+        nic: false,
         size: 1,
         commands: Vec::new(),
     };

@@ -43,6 +43,12 @@ pub enum KeeperRequest {
     /// Ends that, and the connections that came by it. [`KeeperEvent::Done`].
     #[n(9)]
     Unpublish(#[n(0)] PortPlace),
+    /// Changes what the sandbox may reach, at once. [`KeeperEvent::Done`].
+    #[n(16)]
+    SetNetwork(#[n(0)] NetworkPolicy),
+    /// Writes what was denied to the sandbox to its file on the host. [`KeeperEvent::Done`].
+    #[n(17)]
+    WriteDenied,
 }
 
 /// A place on the host at which its keeper listens.
@@ -68,6 +74,17 @@ pub struct PortMapping {
     /// Port of the guest.
     #[n(1)]
     pub guest: u16,
+}
+
+/// What a sandbox may reach.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NetworkPolicy {
+    /// `off`, `listed` or `open`.
+    #[n(0)]
+    pub reach: String,
+    /// Names, addresses and networks.
+    #[n(1)]
+    pub allowed: Vec<String>,
 }
 
 /// Where to write a machine.
@@ -106,6 +123,9 @@ pub struct ClaimRequest {
     /// Ports of the host that lead to it. None if absent.
     #[n(7)]
     pub ports: Option<Vec<PortMapping>>,
+    /// What it may reach, if it has a network device.
+    #[n(8)]
+    pub network: Option<NetworkPolicy>,
 }
 
 /// A process of the host, told from a later one of the same number.

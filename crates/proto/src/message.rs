@@ -5,7 +5,7 @@
 //! variant needs a new protocol version once a release speaks this one; until then an agent that does
 //! not know a request refuses it ([`FailureKind::InvalidInput`]).
 
-use minicbor::bytes::ByteVec;
+use minicbor::bytes::{ByteArray, ByteVec};
 use minicbor::{Decode, Encode};
 
 use crate::socket::{
@@ -207,6 +207,29 @@ pub struct Birth {
     /// stay. Not, if absent.
     #[n(6)]
     pub same: Option<bool>,
+    /// What its network device is to be. The device is left alone if absent; there may be none.
+    #[n(7)]
+    pub network: Option<Network>,
+}
+
+/// The one network device of a machine: a link to its host and nobody else.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Network {
+    /// The guest's IPv4 address, with no other on its link.
+    #[n(0)]
+    pub address: ByteArray<4>,
+    /// The host's end of the link, through which everything else is reached.
+    #[n(1)]
+    pub gateway: ByteArray<4>,
+    /// The guest's MAC address.
+    #[n(2)]
+    pub mac: ByteArray<6>,
+    /// The host's.
+    #[n(3)]
+    pub gateway_mac: ByteArray<6>,
+    /// The name server.
+    #[n(4)]
+    pub name_server: ByteArray<4>,
 }
 
 /// How to go down.

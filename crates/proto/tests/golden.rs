@@ -12,12 +12,12 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 use smolvm_proto::keeper::{
     CaptureRequest, Captured, ClaimRequest, Done, KeeperEvent, KeeperFailure, KeeperReason,
-    KeeperRequest, PortMapping, PortPlace, Ready, Starter, StopRequest,
+    KeeperRequest, NetworkPolicy, PortMapping, PortPlace, Ready, Starter, StopRequest,
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
-    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Request, ShutdownRequest, Started,
-    WindowSize,
+    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Request, ShutdownRequest,
+    Started, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -168,6 +168,14 @@ fn requests() -> Vec<(&'static str, Request)> {
         cwd: Some(bytes("/srv")),
         user: Some("nobody".to_owned()),
         same: None,
+        network: None,
+    };
+    let network = Network {
+        address: [172, 16, 0, 2].into(),
+        gateway: [172, 16, 0, 1].into(),
+        mac: [6, 0x73, 172, 16, 0, 2].into(),
+        gateway_mac: [2, 0x73, 0x6d, 0, 0, 1].into(),
+        name_server: [172, 16, 0, 1].into(),
     };
     let forms = vec![
         Request::Exec(bare),
@@ -208,6 +216,10 @@ fn requests() -> Vec<(&'static str, Request)> {
             same: Some(true),
             ..birth.clone()
         }),
+        Request::Birth(Birth {
+            network: Some(network),
+            ..birth.clone()
+        }),
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
@@ -240,6 +252,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::List(_) => "request.list",
         Request::Facts => "request.facts",
         Request::Birth(birth) if birth.same.is_some() => "request.birth.same",
+        Request::Birth(birth) if birth.network.is_some() => "request.birth.network",
         Request::Birth(birth) if birth.user.is_some() => "request.birth.full",
         Request::Birth(_) => "request.birth.bare",
         Request::Shutdown(_) => "request.shutdown",
@@ -411,8 +424,15 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Publish(_) => "keeper-request.publish",
         KeeperRequest::Unpublish(_) => "keeper-request.unpublish",
         KeeperRequest::Claim(claim) if claim.ports.is_some() => "keeper-request.claim.ports",
+        KeeperRequest::Claim(claim) if claim.network.is_some() => "keeper-request.claim.network",
         KeeperRequest::Claim(claim) if claim.ephemeral => "keeper-request.claim.full",
         KeeperRequest::Claim(_) => "keeper-request.claim.bare",
+        KeeperRequest::SetNetwork(_) => "keeper-request.set-network",
+        KeeperRequest::WriteDenied => "keeper-request.write-denied",
+    };
+    let policy = NetworkPolicy {
+        reach: "listed".to_owned(),
+        allowed: vec!["*.example.com".to_owned(), "10.0.0.0/8".to_owned()],
     };
     let claim = ClaimRequest {
         name: "box".to_owned(),
@@ -423,6 +443,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         ephemeral: false,
         starter: None,
         ports: None,
+        network: None,
     };
     [
         KeeperRequest::WaitReady,
@@ -435,6 +456,12 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
             directory: bytes("/srv/\u{e9}"),
         }),
         KeeperRequest::Claim(claim.clone()),
+        KeeperRequest::Claim(ClaimRequest {
+            network: Some(policy.clone()),
+            ..claim.clone()
+        }),
+        KeeperRequest::SetNetwork(policy),
+        KeeperRequest::WriteDenied,
         KeeperRequest::Claim(ClaimRequest {
             env: vec![env("LANG", "C.UTF-8")],
             cwd: Some("/srv".to_owned()),
@@ -693,7 +720,9 @@ fn a_field_this_version_does_not_know_is_skipped() {
     for (_, request) in requests() {
         match request {
             Request::Exec(exec) if exec.stdin => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.same.is_some() => skips_a_field_more(&birth),
+            Request::Birth(birth) if birth.network.is_some() => {
+                skips_a_field_more(&birth);
+            }
             Request::Extract(extract) if extract.owner.is_some() => skips_a_field_more(&extract),
             _ => {}
         }
@@ -716,6 +745,7 @@ fn an_optional_field_a_peer_does_not_know_is_absent() {
     assert_eq!(birth.cwd, None);
     assert_eq!(birth.user, None);
     assert_eq!(birth.same, None);
+    assert_eq!(birth.network, None);
     // A Hello from before hosts gave a nonce.
     let bare = &recorded()["hello"];
     assert_eq!(

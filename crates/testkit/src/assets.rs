@@ -75,7 +75,9 @@ impl Assets {
             let store = Connection::open_with_flags(self.dir.join("state.db"), flags)?;
             Ok(store.query_row("SELECT count(*) FROM images", [], |row| row.get(0))?)
         };
-        self.dir.join("kernels/stock/kernel.json").is_file()
+        // One that was unpacked before sandboxes had a network has no driver for it.
+        let kernel = std::fs::read_to_string(self.dir.join("kernels/stock/kernel.json"));
+        kernel.is_ok_and(|kernel| kernel.contains("virtio_net.ko"))
             && images().is_ok_and(|count| count > 0)
     }
 

@@ -1,6 +1,6 @@
 //! Running a program, and what came of it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -16,6 +16,8 @@ use crate::watch::{PATIENCE, Process};
 #[derive(Debug)]
 pub struct Invocation {
     command: Command,
+    /// The program that runs it, if not we.
+    around: Vec<OsString>,
     stdin: Option<Vec<u8>>,
 }
 
@@ -27,6 +29,7 @@ impl Invocation {
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         Self {
             command,
+            around: Vec::new(),
             stdin: Some(Vec::new()),
         }
     }
@@ -42,6 +45,14 @@ impl Invocation {
     #[must_use]
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
+        self
+    }
+
+    /// Has another program run it, which is given its own words, then those of this one.
+    #[must_use]
+    pub fn within(mut self, words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.around
+            .extend(words.into_iter().map(|word| word.as_ref().to_owned()));
         self
     }
 
@@ -112,6 +123,15 @@ impl Invocation {
     #[track_caller]
     pub fn spawn_unread(mut self) -> (Running, ChildStdout) {
         let line = self.line();
+        if let Some((program, words)) = self.around.split_first() {
+            let mut command = Command::new(program);
+            command.args(words).arg(self.command.get_program());
+            command.args(self.command.get_args()).env_clear();
+            for (name, value) in self.command.get_envs() {
+                command.env(name, value.unwrap_or_default());
+            }
+            self.command = command;
+        }
         let mut child = self
             .command
             .stdin(Stdio::piped())

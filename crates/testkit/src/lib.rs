@@ -20,6 +20,7 @@ mod assets;
 mod binaries;
 mod home;
 mod invocation;
+mod lab;
 mod machines;
 mod terminal;
 mod watch;
@@ -28,5 +29,8 @@ pub use assets::Assets;
 pub use binaries::Binaries;
 pub use home::{Home, HomeBuilder, Sandbox};
 pub use invocation::{Finished, Invocation, Running};
+pub use lab::{
+    HELLO_PORT, HOST, Lab, METADATA, Namespace, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,
+};
 pub use terminal::Terminal;
 pub use watch::{Entries, PATIENCE, Process, processes_mentioning};

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -100,6 +101,8 @@ struct Saved {
     cpus: u8,
     memory_mib: u32,
     disks: usize,
+    #[serde(default)]
+    nic: bool,
     /// How much of the memory file is what the guest has written.
     written: usize,
 }
@@ -110,6 +113,7 @@ impl Saved {
             cpus: plan.cpus,
             memory_mib: plan.memory_mib,
             disks: plan.disks.len(),
+            nic: plan.nic.is_some(),
             written,
         }
     }
@@ -278,8 +282,8 @@ impl Backend for Fake {
         CAPABILITIES
     }
 
-    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
-        refuse_impossible(plan, &CAPABILITIES)?;
+    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
         let memory = new_memory(plan)?;
@@ -297,8 +301,13 @@ impl Backend for Fake {
         Ok(Box::new(vm))
     }
 
-    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError> {
-        refuse_impossible(plan, &CAPABILITIES)?;
+    async fn restore(
+        &self,
+        plan: &VmPlan,
+        state: &Path,
+        cable: Option<OwnedFd>,
+    ) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unrestorable(plan)?;
         refuse_unreadable(plan)?;
         let state = open_state(state)?;
@@ -663,6 +672,7 @@ mod tests {
             initrd: "/dev/null".into(),
             cmdline: String::new(),
             disks: Vec::new(),
+            nic: None,
             tsc_khz: None,
         }
     }
@@ -684,7 +694,7 @@ mod tests {
     fn a_paused_machine_answers_when_it_is_resumed() {
         run(async {
             let fake = Fake::new(echo);
-            let mut vm = fake.start(&plan()).await.expect("start");
+            let mut vm = fake.start(&plan(), None).await.expect("start");
             let mut channel = open(&mut *vm);
             let mut byte = [0];
             channel.write_all(b"a").await.expect("write");
@@ -708,7 +718,7 @@ mod tests {
             for (forever, expected) in [(false, [true, false, true]), (true, [true, false, false])]
             {
                 let fake = Fake::new(echo);
-                let mut vm = fake.start(&plan()).await.expect("start");
+                let mut vm = fake.start(&plan(), None).await.expect("start");
                 fake.inject(Fault {
                     operation: Operation::Pause,
                     nth: 2,
@@ -739,9 +749,9 @@ mod tests {
                 forever: false,
                 kind: VmErrorKind::Host,
             });
-            assert!(fake.start(&plan()).await.is_err());
+            assert!(fake.start(&plan(), None).await.is_err());
             assert!(fake.running().is_empty());
-            let vm = fake.start(&plan()).await.expect("the second start");
+            let vm = fake.start(&plan(), None).await.expect("the second start");
             assert_eq!(fake.running(), [vm.pid()]);
         });
     }
@@ -756,7 +766,7 @@ mod tests {
             };
             let told = crash.clone();
             let fake = Fake::new(move |_| GuestEnd::Crash(told.clone()));
-            let mut vm = fake.start(&plan()).await.expect("start");
+            let mut vm = fake.start(&plan(), None).await.expect("start");
             assert_eq!(vm.wait().await.expect("wait"), crash);
             assert!(fake.running().is_empty());
         });
@@ -773,7 +783,7 @@ mod tests {
             let begun = tokio::time::Instant::now();
             let boot = Duration::from_secs(3);
             let fake = Fake::new(|_| GuestEnd::Off).booting_for(boot);
-            let mut vm = fake.start(&plan()).await.expect("start");
+            let mut vm = fake.start(&plan(), None).await.expect("start");
             vm.wait().await.expect("wait");
             assert!(begun.elapsed() >= boot);
         });

@@ -21,6 +21,7 @@ mod sys;
 
 use std::fmt::Debug;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -59,6 +60,9 @@ pub struct VmPlan {
     pub cmdline: String,
     /// Block devices in the order the guest sees them (`/dev/vda` first).
     pub disks: Vec<DiskPlan>,
+    /// Its network device, if it has one.
+    #[serde(default)]
+    pub nic: Option<NicPlan>,
     /// Frequency of the host's time-stamp counter in kHz ([`tsc::khz`]). Needed under emulation,
     /// where the machine has no other clock to measure it by; without, such a plan is refused.
     pub tsc_khz: Option<u64>,
@@ -110,6 +114,14 @@ pub struct DiskPlan {
     pub read_only: bool,
 }
 
+/// A network device. What it is connected to is a descriptor, and so not part of the plan: see
+/// [`Backend::start`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicPlan {
+    /// The MAC address it has until the guest gives it another.
+    pub mac: [u8; 6],
+}
+
 /// What a backend can do, as data, so that an impossible wish is refused while planning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
@@ -138,6 +150,9 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Starts a machine and returns when its process runs; the guest boots on.
     ///
+    /// `cable` is what the network device is connected to: a TAP device, whose frames begin with a
+    /// `struct virtio_net_hdr`. Whoever keeps another descriptor of it decides when it goes.
+    ///
     /// May be called any number of times, from the thread that will outlive the machine: the VMM
     /// is killed by the kernel when the *thread* that called this ends (prctl(2),
     /// `PR_SET_PDEATHSIG`), so that no machine survives its owner. Needs a tokio runtime with I/O and
@@ -146,10 +161,10 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     ///
     /// [`VmErrorKind::ProgramMissing`]; [`VmErrorKind::Unsupported`] for a plan outside the
-    /// capabilities, or with [`Memory::CopyOf`], which can only be restored; [`VmErrorKind::Host`],
+    /// capabilities, with a network device and no cable or the reverse, or with [`Memory::CopyOf`], which can only be restored; [`VmErrorKind::Host`],
     /// naming the file, if one of the plan's cannot be opened, or that of the memory cannot be made.
     /// What the VMM itself finds wrong after it was started is told by [`Vm::wait`].
-    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError>;
+    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError>;
 
     /// Starts a machine where another was at its [`Vm::snapshot`], and returns when its virtual
     /// CPUs run, whether the other's did or not. The plan is that of the other but for its name, its
@@ -165,7 +180,12 @@ pub trait Backend: Debug + Send + Sync {
     /// than that file, which must be open to reading and writing even though nothing is written.
     /// Also [`VmErrorKind::Protocol`] or [`VmErrorKind::Exited`] if the VMM cannot make sense of
     /// `state`, or takes longer than [`CONTROL_TIMEOUT`] for it ([`VmErrorKind::Timeout`]).
-    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError>;
+    async fn restore(
+        &self,
+        plan: &VmPlan,
+        state: &Path,
+        cable: Option<OwnedFd>,
+    ) -> Result<Box<dyn Vm>, VmError>;
 }
 
 /// One machine. Dropping it kills the VMM process and reaps it.
@@ -278,7 +298,11 @@ pub struct VmError {
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Refuses a plan that no retry could make possible.
-pub(crate) fn refuse_impossible(plan: &VmPlan, can: &Capabilities) -> Result<(), VmError> {
+pub(crate) fn refuse_impossible(
+    plan: &VmPlan,
+    can: &Capabilities,
+    cable: Option<&OwnedFd>,
+) -> Result<(), VmError> {
     let name_ok = !plan.name.is_empty()
         && plan
             .name
@@ -299,6 +323,8 @@ pub(crate) fn refuse_impossible(plan: &VmPlan, can: &Capabilities) -> Result<(),
             plan.disks.len(),
             can.disks_max
         )
+    } else if plan.nic.is_some() != cable.is_some() {
+        "its network device needs a cable, and a cable needs a network device".to_owned()
     } else if !can.snapshot && plan.memory != Memory::Anonymous {
         "this backend cannot hold memory in files".to_owned()
     } else if plan.accel == Accel::Emulation && plan.tsc_khz.is_none() {

@@ -201,7 +201,7 @@ mod qemu_only {
             let plan = subject.plan(Guest::Ticks);
             let mut process = None;
             contract::run(async {
-                let vm = Qemu.start(&plan).await.expect("start");
+                let vm = Qemu.start(&plan, None).await.expect("start");
                 process = Some((vm.pid(), watch(vm.pid())));
                 // So that not the drop kills it.
                 std::mem::forget(vm);
@@ -252,7 +252,7 @@ mod qemu_only {
         let subject = QemuSubject::new();
         let plan = subject.plan(Guest::Ticks);
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let mut out = std::io::stdout();
             std::io::Write::write_all(&mut out, format!("\nmachine {}\n", vm.pid()).as_bytes())
                 .expect("tell");
@@ -266,7 +266,7 @@ mod qemu_only {
         let mut plan = subject.plan(Guest::Halts);
         plan.program = PathBuf::from("/nonexistent/qemu");
         contract::run(async {
-            let error = Qemu.start(&plan).await.expect_err("no program");
+            let error = Qemu.start(&plan, None).await.expect_err("no program");
             assert_eq!(error.kind, VmErrorKind::ProgramMissing);
             assert_eq!(error.to_string(), "run /nonexistent/qemu");
         });
@@ -279,7 +279,7 @@ mod qemu_only {
         // Not a kernel: the initial RAM file system.
         plan.kernel.clone_from(&plan.initrd);
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let exit = vm.wait().await.expect("wait");
             assert_ne!(exit.code, Some(0), "{exit:?}");
             assert!(exit.stderr.contains("kernel"), "{exit:?}");
@@ -294,7 +294,7 @@ mod qemu_only {
         let mut plan = subject.plan(Guest::Halts);
         plan.program = stand_in("talker.sh");
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let Exit { code, stderr, .. } = vm.wait().await.expect("wait");
             assert_eq!(code, Some(3));
             assert!(
@@ -312,7 +312,7 @@ mod qemu_only {
         let mut plan = subject.plan(Guest::Halts);
         plan.program = stand_in("mute.sh");
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let pause = tokio::time::timeout(Duration::from_secs(20), vm.pause()).await;
             let error = pause.expect("an answer").expect_err("pause");
             assert_eq!(error.kind, VmErrorKind::Exited);
@@ -340,17 +340,22 @@ mod qemu_only {
                 let cause = std::error::Error::source(error).expect("a cause");
                 assert!(cause.to_string().ends_with("out of luck"), "{cause}");
             };
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             told(&vm.snapshot(&state, None).await.expect_err("snapshot"));
             assert!(!state.exists());
 
             std::fs::remove_file(&memory).expect("remove");
             plan.program = subject.plan(Guest::Halts).program;
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             vm.snapshot(&state, None).await.expect("snapshot");
             plan.program = stand_in("mute.sh");
             plan.memory = Memory::CopyOf(memory);
-            told(&Qemu.restore(&plan, &state).await.expect_err("restore"));
+            told(
+                &Qemu
+                    .restore(&plan, &state, None)
+                    .await
+                    .expect_err("restore"),
+            );
         });
     }
 
@@ -362,7 +367,7 @@ mod qemu_only {
         let mut plan = subject.plan(Guest::Ticks);
         plan.memory = Memory::File(memory);
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let given_up = tokio::time::timeout(Duration::ZERO, vm.snapshot(&state, None)).await;
             assert!(given_up.is_err());
             assert!(!state.exists());
@@ -378,8 +383,25 @@ mod qemu_only {
         plan.program = PathBuf::from("/nonexistent/qemu");
         plan.memory = Memory::File(memory.clone());
         contract::run(async {
-            Qemu.start(&plan).await.expect_err("no program");
+            Qemu.start(&plan, None).await.expect_err("no program");
             assert!(!memory.exists());
+        });
+    }
+
+    #[test]
+    fn a_network_device_has_a_cable_and_a_cable_a_device() {
+        let subject = QemuSubject::new();
+        let without = subject.plan(Guest::Resets);
+        let with = smolvm_vmm::VmPlan {
+            nic: Some(smolvm_vmm::NicPlan { mac: [2; 6] }),
+            ..without.clone()
+        };
+        let cable = std::fs::File::open("/dev/null").expect("a descriptor");
+        contract::run(async {
+            for (plan, cable) in [(with, None), (without, Some(cable.into()))] {
+                let error = Qemu.start(&plan, cable).await.expect_err("one of two");
+                assert_eq!(error.kind, VmErrorKind::Unsupported);
+            }
         });
     }
 
@@ -398,13 +420,13 @@ mod qemu_only {
             });
         }
         contract::run(async {
-            let mut vm = Qemu.start(&plan).await.expect("start");
+            let mut vm = Qemu.start(&plan, None).await.expect("start");
             let exit = vm.wait().await.expect("wait");
             assert_eq!(exit.code, Some(0), "{exit:?}");
         });
         plan.disks.push(plan.disks[0].clone());
         contract::run(async {
-            let error = Qemu.start(&plan).await.expect_err("one too many");
+            let error = Qemu.start(&plan, None).await.expect_err("one too many");
             assert_eq!(error.kind, VmErrorKind::Unsupported);
         });
     }
@@ -449,6 +471,7 @@ impl Files {
             initrd: self.0.path().join("initrd"),
             cmdline: String::new(),
             disks: Vec::new(),
+            nic: None,
             tsc_khz: Some(1_000_000),
         }
     }

@@ -132,7 +132,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     };
     let (lives, per_second) = block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &args.image, &kernel).await?;
+        prepare::image(cx, &engine, &mut signals, &args.image, &kernel, false).await?;
         measure(args, cx, &engine, &kernel, &mut signals).await
     })?;
     let mut stamp = environment(&engine);
@@ -200,6 +200,7 @@ async fn measure(
         memory_mib: pooled.memory_mib,
         disk_mib: pooled.disk_mib,
         disk_mode: pooled.disk_mode,
+        nic: false,
         size: POOL_SIZE,
         commands: Vec::new(),
     };

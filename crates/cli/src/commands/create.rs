@@ -29,7 +29,15 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let mut spec = args.machine.spec(cx, &engine)?;
     let (info, warnings) = block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &spec.image, &spec.kernel).await?;
+        prepare::image(
+            cx,
+            &engine,
+            &mut signals,
+            &spec.image,
+            &spec.kernel,
+            spec.network.needs_device(),
+        )
+        .await?;
         if args.no_start {
             return Ok((args.machine.create(&engine, &mut spec)?, Vec::new()));
         }

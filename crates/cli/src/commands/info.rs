@@ -4,7 +4,7 @@ use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 use smolvm_engine::{Engine, GuestFacts, SandboxInfo, State};
 
-use super::{Context, Outcome, block_on, port};
+use super::{Context, Outcome, block_on, network, port};
 use crate::report::CliError;
 use crate::{complete, units};
 
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "kernel": info.kernel,
             "backend": info.engine,
             "accel": info.accel,
-            "ip_address": null,
+            "ip_address": info.address,
             "ssh_port": null,
             "pid": info.vmm_pid,
             "keeper_pid": info.keeper_pid,
@@ -59,7 +59,8 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "disk_size": info.disk_mib,
             "disk_mode": info.disk_mode.as_str(),
             "disk_used_bytes": info.disk_used_bytes,
-            "network_mode": null,
+            "network_mode": info.address.map(|_| "tap"),
+            "network": network::describe(&info.network),
             "ports": port::describe_all(&info.ports),
             "bridge": null,
             "ephemeral": info.ephemeral,
@@ -146,6 +147,13 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
     row("Ports", (!ports.is_empty()).then(|| ports.join(", ")));
     row("Directory", info.workdir.clone());
     row("User", info.user.clone());
+    row(
+        "Network",
+        Some(match info.address {
+            Some(address) => format!("{}, {address}", info.network),
+            None => info.network.to_string(),
+        }),
+    );
     row("Time to live", info.ttl.map(units::show_duration));
     row("Created", Some(info.created_at.to_string()));
     row("Started", info.started_at.map(|time| time.to_string()));

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use smolvm_engine::{
-    CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, KernelChoice,
-    MEMORY_MIB_DEFAULT, PoolSpec, SandboxInfo, SandboxSpec, Session,
+    Allowed, CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind,
+    KernelChoice, MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, Reach, SandboxInfo, SandboxSpec,
+    Session,
 };
 
 use super::Context;
@@ -82,6 +83,7 @@ impl Shape {
         image: Option<&String>,
         size: u32,
         commands: Vec<String>,
+        nic: bool,
     ) -> PoolSpec {
         PoolSpec {
             image: image.unwrap_or(&self.image).clone(),
@@ -89,6 +91,7 @@ impl Shape {
             memory_mib: self.kind.memory,
             disk_mib: self.kind.disk,
             disk_mode: self.kind.disk_mode(),
+            nic,
             size,
             commands,
         }
@@ -130,6 +133,49 @@ pub(crate) struct Machine {
     /// [default: small if it was built, else stock]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<PathBuf>,
+    #[command(flatten)]
+    network: Network,
+}
+
+/// What the sandbox may reach.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Network")]
+pub(crate) struct Network {
+    /// What it may reach: nothing, or the public Internet
+    #[arg(long, value_name = "POLICY", value_enum)]
+    network: Option<Policy>,
+    /// Let it reach this name, all names below one, address or network, and nothing else; with --network
+    /// open a private network as well (can be repeated)
+    #[arg(long, value_name = "HOST|CIDR|*.DOMAIN")]
+    allow: Vec<Allowed>,
+}
+
+impl Network {
+    /// Whether nothing was said.
+    pub(crate) fn is_unsaid(&self) -> bool {
+        self.network.is_none() && self.allow.is_empty()
+    }
+
+    /// What was meant; the list alone if only that was given.
+    pub(crate) fn spec(&self) -> NetworkSpec {
+        let reach = match self.network {
+            Some(Policy::Off) => Reach::Off,
+            Some(Policy::Open) => Reach::Open,
+            None if self.allow.is_empty() => Reach::Off,
+            None => Reach::Listed,
+        };
+        NetworkSpec {
+            reach,
+            allowed: self.allow.clone(),
+        }
+    }
+}
+
+/// See [`Reach`].
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Policy {
+    Off,
+    Open,
 }
 
 /// Where changes go; see [`DiskMode`].
@@ -163,6 +209,7 @@ impl Machine {
                 .iter()
                 .map(|text| text.parse())
                 .collect::<smolvm_engine::Result<_>>()?,
+            network: self.network.spec(),
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;

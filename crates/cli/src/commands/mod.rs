@@ -20,6 +20,7 @@ pub(crate) mod kernel;
 pub(crate) mod list;
 pub(crate) mod logs;
 mod machine;
+pub(crate) mod network;
 pub(crate) mod pause;
 pub(crate) mod pool;
 pub(crate) mod port;
@@ -41,8 +42,8 @@ use serde_json::Value;
 use smolvm_engine::Engine;
 
 use crate::args::{
-    BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, PoolCommand,
-    PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand,
+    BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, NetworkCommand,
+    PoolCommand, PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -183,6 +184,13 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Cp(args) => verb!("cp", cp::run, args),
         Command::File(group) => file(group.command),
+        Command::Network(group) => match group.command {
+            Some(NetworkCommand::Show(args)) => verb!("network.show", network::show, args),
+            Some(NetworkCommand::Set(args)) => verb!("network.set", network::set, args),
+            Some(NetworkCommand::Log(args)) => verb!("network.log", network::log, args),
+            Some(NetworkCommand::Reset(args)) => verb!("network.reset", network::reset, args),
+            None => ("network", Verb::Help(&["network"])),
+        },
         Command::Snapshot(group) => snapshot(group.command),
         Command::Pool(group) => match group.command {
             Some(PoolCommand::Set(args)) => verb!("pool.set", pool::set, args),

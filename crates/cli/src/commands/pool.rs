@@ -30,6 +30,9 @@ pub(crate) struct SetArgs {
     /// Shell command that each member runs before it is ready; it has to succeed (can be repeated)
     #[arg(long, value_name = "COMMAND")]
     warm_cmd: Vec<String>,
+    /// Members have a network device, for sandboxes that get a network
+    #[arg(long)]
+    network: bool,
     #[command(flatten)]
     shape: Shape,
 }
@@ -49,6 +52,9 @@ pub(crate) struct DeleteArgs {
     /// Delete all pools
     #[arg(long)]
     all: bool,
+    /// The one whose members have a network device
+    #[arg(long)]
+    network: bool,
     #[command(flatten)]
     shape: Shape,
 }
@@ -56,14 +62,17 @@ pub(crate) struct DeleteArgs {
 /// Makes or changes a pool, and fills it.
 pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let spec = args
-        .shape
-        .pool(args.of.as_ref(), args.size, args.warm_cmd.clone());
+    let spec = args.shape.pool(
+        args.of.as_ref(),
+        args.size,
+        args.warm_cmd.clone(),
+        args.network,
+    );
     block_on(async {
         let mut signals = Signals::install()?;
         if args.size > 0 {
             let kernel = KernelChoice::Auto;
-            prepare::image(cx, &engine, &mut signals, &spec.image, &kernel).await?;
+            prepare::image(cx, &engine, &mut signals, &spec.image, &kernel, spec.nic).await?;
         }
         let mut told = |ready| {
             if ready > 0 {
@@ -83,8 +92,8 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
     let pools = cx.engine(None)?.pools()?;
     cx.out.table(
         &[
-            "IMAGE", "CPUS", "MEMORY", "DISK", "SIZE", "READY", "COMING", "HITS", "MISSES",
-            "FAILURE",
+            "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "SIZE", "READY", "COMING", "HITS",
+            "MISSES", "FAILURE",
         ],
         pools
             .iter()
@@ -94,6 +103,7 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
                     pool.spec.cpus.to_string(),
                     units::show_mib(pool.spec.memory_mib),
                     units::show_mib(pool.spec.disk_mib),
+                    if pool.spec.nic { "yes" } else { "no" }.to_owned(),
                     pool.spec.size.to_string(),
                     pool.ready.to_string(),
                     pool.coming.to_string(),
@@ -111,7 +121,9 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
 /// Deletes a pool, or all.
 pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let wanted = args.shape.pool(args.of.as_ref(), 0, Vec::new());
+    let wanted = args
+        .shape
+        .pool(args.of.as_ref(), 0, Vec::new(), args.network);
     let mut specs: Vec<_> = engine.pools()?.into_iter().map(|pool| pool.spec).collect();
     specs.retain(|spec| {
         args.all
@@ -145,6 +157,7 @@ fn describe(pool: &PoolInfo) -> Value {
         "memory": pool.spec.memory_mib,
         "disk_size": pool.spec.disk_mib,
         "disk_mode": pool.spec.disk_mode.as_str(),
+        "network": pool.spec.nic,
         "size": pool.spec.size,
         "warm_commands": pool.spec.commands,
         "ready": pool.ready,

@@ -46,7 +46,15 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     join::add_term(cx, &mut command, &spec.env);
     block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &spec.image, &spec.kernel).await?;
+        prepare::image(
+            cx,
+            &engine,
+            &mut signals,
+            &spec.image,
+            &spec.kernel,
+            spec.network.needs_device(),
+        )
+        .await?;
         let claimed = args.machine.claim_or_create(&engine, &mut spec).await?;
         let name = spec.name.as_str();
         prepare::note_emulation(cx, &engine);

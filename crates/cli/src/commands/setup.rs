@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let began = Instant::now();
     let engine = cx.engine(None)?;
     let packages = engine.missing_packages();
-    let assets = engine.missing_assets(&args.image, &KernelChoice::Stock)?;
+    let assets = engine.missing_assets(&args.image, &KernelChoice::Stock, true)?;
     for missing in &packages {
         cx.out.line(&format!(
             "missing: {} (package {}), {}",
@@ -52,7 +52,15 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         let mut signals = Signals::install()?;
         let mut phases = install(cx, &engine, &mut signals, installed.clone()).await?;
         phases.extend(
-            prepare::image(cx, &engine, &mut signals, &args.image, &KernelChoice::Stock).await?,
+            prepare::image(
+                cx,
+                &engine,
+                &mut signals,
+                &args.image,
+                &KernelChoice::Stock,
+                true,
+            )
+            .await?,
         );
         Ok(phases)
     })?;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
-use smolvm_engine::{DEFAULT_IMAGE, TemplateInfo};
+use smolvm_engine::{DEFAULT_IMAGE, NetworkSpec, TemplateInfo};
 
 use super::machine::{Kind, kernel_choice};
 use super::{Context, Outcome, block_on};
@@ -34,6 +34,9 @@ pub(crate) struct BuildArgs {
     /// [default: small if it was built, else stock]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<std::path::PathBuf>,
+    /// For sandboxes that get a network
+    #[arg(long)]
+    network: bool,
 }
 
 /// Arguments of `template ls`.
@@ -67,10 +70,14 @@ pub(crate) fn build(args: &BuildArgs, cx: &Context) -> Result<Outcome, CliError>
     let began = Instant::now();
     let engine = cx.engine(args.boot_timeout)?;
     let kernel = kernel_choice(args.kernel.as_deref())?;
-    let spec = args.kind.spec(&args.image, kernel)?;
+    let mut spec = args.kind.spec(&args.image, kernel)?;
+    if args.network {
+        spec.network = NetworkSpec::open();
+    }
     let done = block_on(async {
         let mut signals = Signals::install()?;
-        prepare::image(cx, &engine, &mut signals, &spec.image, &spec.kernel).await?;
+        let (image, kernel) = (&spec.image, &spec.kernel);
+        prepare::image(cx, &engine, &mut signals, image, kernel, args.network).await?;
         prepare::note_emulation(cx, &engine);
         let (sender, receiver) = std::sync::mpsc::channel();
         prepare::long(cx, &mut signals, move |meter, cancel| {
@@ -191,6 +198,7 @@ fn object(template: &TemplateInfo) -> Value {
         "cpus": shape.map(|shape| shape.cpus),
         "memory_mib": shape.map(|shape| shape.memory_mib),
         "disk_mib": shape.and_then(|shape| shape.disk_mib),
+        "network": shape.map(|shape| shape.nic),
         "size_bytes": template.size_bytes,
         "created_at": template.created_at,
         "current": template.stale.is_none(),

@@ -6,6 +6,7 @@
 //! sees who did. Columns, not blobs; schema changes are numbered files in `schema/`.
 
 mod images;
+mod networks;
 pub(crate) mod pools;
 mod ports;
 pub(crate) mod rows;
@@ -21,6 +22,7 @@ use rusqlite_migration::{M, Migrations, SchemaVersion};
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) use images::{Removal, Users};
+pub use networks::{NetworkMode, NetworkRow};
 pub use pools::PoolRow;
 pub use rows::{Identity, ImageRow, SandboxRow, State};
 pub use snapshots::{SnapshotRow, SnapshotState};
@@ -30,6 +32,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0001_initial.sql"),
     include_str!("../../schema/0002_snapshots_and_pools.sql"),
     include_str!("../../schema/0003_ports.sql"),
+    include_str!("../../schema/0004_network.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

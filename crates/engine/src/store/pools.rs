@@ -25,6 +25,8 @@ pub struct PoolRow {
     pub disk_mib: u32,
     /// Where a member's changes go; never [`DiskMode::Shared`].
     pub disk_mode: DiskMode,
+    /// Whether a member has a network device.
+    pub nic: bool,
     /// Members there are to be.
     pub size: u32,
     /// What a member runs, each in a shell, before it is parked.
@@ -40,7 +42,7 @@ pub struct PoolRow {
 }
 
 const COLUMNS: &str = "id, image, cpus, memory_mib, disk_mib, disk_mode, size, hits, misses, failure, \
-                       created_ms";
+                       created_ms, nic";
 
 impl Store {
     /// Writes a pool, or gives the one of the same kind another size and other commands. Its counts
@@ -54,9 +56,9 @@ impl Store {
         let kept: PoolRow = transaction
             .query_row(
                 &format!(
-                    "INSERT INTO pools (id, image, cpus, memory_mib, disk_mib, disk_mode, size, \
-                     created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?) \
-                     ON CONFLICT (image, cpus, memory_mib, disk_mib, disk_mode) \
+                    "INSERT INTO pools (id, image, cpus, memory_mib, disk_mib, disk_mode, nic, size, \
+                     created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) \
+                     ON CONFLICT (image, cpus, memory_mib, disk_mib, disk_mode, nic) \
                      DO UPDATE SET size = excluded.size, failure = NULL RETURNING {COLUMNS}"
                 ),
                 params![
@@ -66,6 +68,7 @@ impl Store {
                     row.memory_mib,
                     row.disk_mib,
                     row.disk_mode.as_str(),
+                    row.nic,
                     row.size,
                     row.created_at.as_millisecond(),
                 ],
@@ -154,6 +157,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<PoolRow> {
         misses: from_sql(row.get(8)?),
         failure: row.get(9)?,
         created_at: instant(row, 10)?,
+        nic: row.get(11)?,
     })
 }
 
@@ -172,6 +176,7 @@ mod tests {
             memory_mib: 512,
             disk_mib: 4096,
             disk_mode: DiskMode::Isolated,
+            nic: false,
             size: 2,
             commands: vec!["true".to_owned(), "python3 -c pass".to_owned()],
             hits: 0,

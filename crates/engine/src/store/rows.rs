@@ -9,9 +9,11 @@ use rusqlite::types::Type;
 use rusqlite::{Row, named_params, params};
 use smolvm_host::process::ProcessIdentity;
 
+use super::networks::{ALLOWED_OF_SANDBOX, insert_allowed, read_allowed};
 use super::ports::{insert_published, published};
 use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
+use crate::network::{NetworkSpec, Reach};
 use crate::ports::PublishedPort;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
 
@@ -146,6 +148,8 @@ pub struct Identity {
     pub ephemeral: bool,
     /// Ports of the host that lead to it.
     pub ports: Vec<PublishedPort>,
+    /// What it may reach.
+    pub network: NetworkSpec,
 }
 
 /// An image's row.
@@ -165,7 +169,7 @@ pub struct ImageRow {
 
 const SANDBOX_COLUMNS: &str = "id, name, state, reason, image, image_digest, kernel, cpus, memory_mib, \
      disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, engine, accel, created_ms, started_ms, \
-     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start, paused_ms, pool_id";
+     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start, paused_ms, pool_id, network";
 
 impl Store {
     /// Writes a new sandbox in state `created`.
@@ -183,9 +187,9 @@ impl Store {
             .prepare_cached(
                 "INSERT INTO sandboxes (id, name, state, image, image_digest, kernel, cpus, memory_mib, \
                  disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, created_ms, boot_id, holder_pid, \
-                 holder_start, pool_id) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
+                 holder_start, pool_id, network) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
                  :memory_mib, :disk_mib, :disk_mode, :workdir, :user, :ttl_ms, :ephemeral, :created_ms, \
-                 :boot_id, :holder_pid, :holder_start, :pool_id)",
+                 :boot_id, :holder_pid, :holder_start, :pool_id, :network)",
             )
             .and_then(|mut statement| {
                 statement.execute(named_params! {
@@ -208,13 +212,19 @@ impl Store {
                     ":holder_pid": row.holder.as_ref().map(|holder| holder.pid),
                     ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
                     ":pool_id": row.pool,
+                    ":network": row.spec.network.reach.as_str(),
                 })
             })
             .map_err(|error| match error.sqlite_error_code() {
                 Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
                 _ => sql(doing(), error),
             })?;
-        insert_env(&transaction, &row.id, &row.spec.env).map_err(|error| sql(doing(), error))?;
+        insert_env(&transaction, &row.id, &row.spec.env)
+            .and_then(|()| {
+                let network = &row.spec.network;
+                insert_allowed(&transaction, ALLOWED_OF_SANDBOX, &row.id, network)
+            })
+            .map_err(|error| sql(doing(), error))?;
         for port in &row.spec.ports {
             insert_published(&transaction, &row.id, port)?;
         }
@@ -243,7 +253,7 @@ impl Store {
         let claimed = transaction
             .prepare_cached(
                 "UPDATE sandboxes SET name = :name, state = 'starting', workdir = :workdir, \
-                 user = :user, ttl_ms = :ttl_ms, ephemeral = :ephemeral, created_ms = :now, \
+                 user = :user, ttl_ms = :ttl_ms, ephemeral = :ephemeral, network = :network, created_ms = :now, \
                  started_ms = :now, paused_ms = NULL, pool_id = NULL \
                  WHERE id = :id AND state = 'running' AND pool_id IS NOT NULL",
             )
@@ -255,6 +265,7 @@ impl Store {
                     ":user": new.user,
                     ":ttl_ms": new.ttl.map(millis),
                     ":ephemeral": new.ephemeral,
+                    ":network": new.network.reach.as_str(),
                     ":now": now.as_millisecond(),
                 })
             })
@@ -265,7 +276,9 @@ impl Store {
         if claimed == 0 {
             return Ok(false);
         }
-        insert_env(&transaction, id, &new.env).map_err(|error| sql(doing(), error))?;
+        insert_env(&transaction, id, &new.env)
+            .and_then(|()| insert_allowed(&transaction, ALLOWED_OF_SANDBOX, id, &new.network))
+            .map_err(|error| sql(doing(), error))?;
         for port in &new.ports {
             insert_published(&transaction, id, port)?;
         }
@@ -490,9 +503,13 @@ impl Store {
             )
             .map_err(|error| sql(doing, error))?;
         for row in &mut rows {
-            row.spec.env = env
-                .query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))
+            env.query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .and_then(|env| {
+                    row.spec.env = env;
+                    let network = &mut row.spec.network;
+                    read_allowed(&self.connection, ALLOWED_OF_SANDBOX, &row.id, network)
+                })
                 .map_err(|error| sql(doing, error))?;
             row.spec.ports =
                 published(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
@@ -590,6 +607,10 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
         ephemeral: row.get(14)?,
         kernel: crate::spec::KernelChoice::Auto,
         ports: Vec::new(),
+        network: NetworkSpec {
+            reach: reach(row, 27)?,
+            allowed: Vec::new(),
+        },
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {
@@ -673,6 +694,11 @@ fn list(states: &[State]) -> String {
 
 pub(super) fn column(at: usize, error: Error) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(at, Type::Text, Box::new(error))
+}
+
+pub(super) fn reach(row: &Row<'_>, at: usize) -> rusqlite::Result<Reach> {
+    let reach: String = row.get(at)?;
+    reach.parse().map_err(|error| column(at, error))
 }
 
 pub(super) fn instant(row: &Row<'_>, at: usize) -> rusqlite::Result<Timestamp> {
@@ -876,6 +902,7 @@ pub(crate) mod tests {
             ttl: Some(Duration::from_secs(9)),
             ephemeral: true,
             ports: vec!["8080:80".parse().expect("a port")],
+            network: NetworkSpec::listed(vec!["example.com".parse().expect("a name")]),
         };
         let mut member = row("member");
         member.pool = Some("p".to_owned());
@@ -906,6 +933,7 @@ pub(crate) mod tests {
         assert_eq!((row.state, row.pool), (State::Starting, None));
         assert_eq!(row.spec.env, new("a").env);
         assert_eq!(row.spec.ports, new("a").ports);
+        assert_eq!(row.spec.network, new("a").network);
         assert!(row.spec.ephemeral);
     }
 

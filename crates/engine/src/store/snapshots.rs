@@ -6,9 +6,11 @@ use jiff::Timestamp;
 use rusqlite::{Row, named_params, params};
 use smolvm_host::process::ProcessIdentity;
 
-use super::rows::{column, from_sql, instant, to_sql};
+use super::networks::{ALLOWED_OF_SNAPSHOT, insert_allowed, read_allowed};
+use super::rows::{column, from_sql, instant, reach, to_sql};
 use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
+use crate::network::NetworkSpec;
 use crate::spec::DiskMode;
 
 /// Where a snapshot is in its life.
@@ -67,6 +69,10 @@ pub struct SnapshotRow {
     pub workdir: Option<String>,
     /// User of commands that name none.
     pub user: Option<String>,
+    /// What it may reach.
+    pub network: NetworkSpec,
+    /// Whether the machine has a network device, which one that was told to reach nothing keeps.
+    pub nic: bool,
     /// When it was taken.
     pub created_at: Timestamp,
     /// The process that makes or removes it.
@@ -74,7 +80,8 @@ pub struct SnapshotRow {
 }
 
 const COLUMNS: &str = "id, name, state, sandbox, image, image_digest, kernel, cpus, memory_mib, disk_mib, \
-                       disk_mode, workdir, user, created_ms, boot_id, holder_pid, holder_start";
+                       disk_mode, workdir, user, created_ms, boot_id, holder_pid, holder_start, \
+                       network, nic";
 
 impl Store {
     /// Writes a new snapshot.
@@ -92,7 +99,7 @@ impl Store {
             .prepare_cached(&format!(
                 "INSERT INTO snapshots ({COLUMNS}) VALUES (:id, :name, :state, :sandbox, :image, \
                  :image_digest, :kernel, :cpus, :memory_mib, :disk_mib, :disk_mode, :workdir, :user, \
-                 :created_ms, :boot_id, :holder_pid, :holder_start)"
+                 :created_ms, :boot_id, :holder_pid, :holder_start, :network, :nic)"
             ))
             .and_then(|mut statement| {
                 statement.execute(named_params! {
@@ -113,6 +120,8 @@ impl Store {
                     ":boot_id": row.holder.as_ref().map(|holder| &holder.boot_id),
                     ":holder_pid": row.holder.as_ref().map(|holder| holder.pid),
                     ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
+                    ":network": row.network.reach.as_str(),
+                    ":nic": row.nic,
                 })
             })
             .map_err(|error| match error.sqlite_error_code() {
@@ -134,6 +143,8 @@ impl Store {
                 .and_then(|mut statement| statement.execute(params![row.id, name, value]))
                 .map_err(|error| sql(doing(), error))?;
         }
+        insert_allowed(&transaction, ALLOWED_OF_SNAPSHOT, &row.id, &row.network)
+            .map_err(|error| sql(doing(), error))?;
         transaction.commit().map_err(|error| sql(doing(), error))
     }
 
@@ -206,6 +217,12 @@ impl Store {
                 row.env = env
                     .query_map([&row.id], |row| Ok((row.get(0)?, row.get(1)?)))?
                     .collect::<rusqlite::Result<_>>()?;
+                read_allowed(
+                    &self.connection,
+                    ALLOWED_OF_SNAPSHOT,
+                    &row.id,
+                    &mut row.network,
+                )?;
             }
             Ok(rows)
         };
@@ -238,6 +255,11 @@ fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
         env: Vec::new(),
         workdir: row.get(11)?,
         user: row.get(12)?,
+        network: NetworkSpec {
+            reach: reach(row, 17)?,
+            allowed: Vec::new(),
+        },
+        nic: row.get(18)?,
         created_at: instant(row, 13)?,
         holder: boot_id
             .zip(process)
@@ -272,6 +294,8 @@ mod tests {
             env: vec![("A".to_owned(), "1".to_owned())],
             workdir: Some("/srv".to_owned()),
             user: None,
+            network: NetworkSpec::listed(vec!["example.com".parse().expect("a name")]),
+            nic: true,
             created_at: now(),
             holder: Some(process(4)),
         };

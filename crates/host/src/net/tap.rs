@@ -215,6 +215,29 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Makes a device that leads nowhere, in a network namespace that has nothing else: for a machine
+    /// that is to have a network device, with nobody at the other end. It goes with its last
+    /// descriptor, and the namespace with it.
+    ///
+    /// # Errors
+    ///
+    /// [`PermissionDenied`](crate::HostErrorKind::PermissionDenied) without `CAP_SYS_ADMIN` and
+    /// `CAP_NET_ADMIN`.
+    pub fn detached(os: &Os, virtio_header: bool) -> Result<OwnedFd, HostError> {
+        let os = os.clone();
+        let made = std::thread::spawn(move || {
+            super::enter_new_namespace(&os)?;
+            let name = TapName::for_sandbox("00000000000").expect("digits");
+            os.effect(
+                "create the network device",
+                Path::new("in a namespace of its own"),
+                || attach(name, virtio_header, libc::IFF_TUN_EXCL),
+            )
+        });
+        made.join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
     /// Opens a device that was [kept](Lifetime::Kept).
     ///
     /// # Errors

@@ -83,6 +83,7 @@ impl Home {
             templates: true,
             boot_timeout: Duration::from_secs(20),
             settings: Settings::default(),
+            network: smolvm_engine::NetworkConfig::default(),
         }
     }
 

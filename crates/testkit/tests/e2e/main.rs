@@ -9,6 +9,7 @@ mod files;
 mod guest;
 mod images;
 mod life;
+mod network;
 mod pools;
 mod ports;
 mod run;

@@ -674,7 +674,12 @@ pub async fn a_copy_shares_its_disk_at_one_moment(subject: &dyn Subject) {
     machine.vm.resume().await.expect("resume");
     let mut clone = snapshot.clone_plan(subject);
     clone.disks[0].path = other;
-    let vm = within(subject.backend().restore(&clone, &snapshot.files.state)).await;
+    let vm = within(
+        subject
+            .backend()
+            .restore(&clone, &snapshot.files.state, None),
+    )
+    .await;
     let mut clone = Machine::new(vm.unwrap_or_else(|error| fail(&error)), Guest::Counts);
     clone.expect_counts(&[2]).await;
     machine.expect_counts(&[2]).await;
@@ -688,7 +693,9 @@ pub async fn a_restore_can_be_given_up(subject: &dyn Subject) {
     let plan = snapshot.clone_plan(subject);
     // Given up at once, and further on.
     for patience in [Duration::ZERO, Duration::from_millis(2), QUIET / 5] {
-        let restoring = subject.backend().restore(&plan, &snapshot.files.state);
+        let restoring = subject
+            .backend()
+            .restore(&plan, &snapshot.files.state, None);
         drop(tokio::time::timeout(patience, restoring).await);
         assert_eq!(subject.count(&plan.name), 0);
     }
@@ -775,14 +782,14 @@ impl Snapshot {
 
     async fn restore(&self, subject: &dyn Subject) -> Machine {
         let plan = self.clone_plan(subject);
-        let vm = within(subject.backend().restore(&plan, &self.files.state)).await;
+        let vm = within(subject.backend().restore(&plan, &self.files.state, None)).await;
         Machine::new(vm.unwrap_or_else(|error| fail(&error)), Guest::Counts)
     }
 }
 
 /// Restoring fails, and leaves nothing running.
 async fn unrestorable(subject: &dyn Subject, plan: &VmPlan, state: &Path) -> VmError {
-    let error = match within(subject.backend().restore(plan, state)).await {
+    let error = match within(subject.backend().restore(plan, state, None)).await {
         Ok(vm) => panic!("{vm:?} should have been refused"),
         Err(error) => error,
     };
@@ -855,7 +862,7 @@ impl Machine {
 }
 
 async fn start(subject: &dyn Subject, plan: &VmPlan) -> Box<dyn Vm> {
-    match subject.backend().start(plan).await {
+    match subject.backend().start(plan, None).await {
         Ok(vm) => vm,
         Err(error) => fail(&error),
     }
@@ -868,7 +875,7 @@ fn fail(error: &VmError) -> ! {
 }
 
 async fn refused(subject: &dyn Subject, plan: &VmPlan) -> VmError {
-    match subject.backend().start(plan).await {
+    match subject.backend().start(plan, None).await {
         Ok(vm) => panic!("{vm:?} should have been refused"),
         Err(error) => error,
     }

@@ -5,17 +5,19 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use crate::{Accel, Devices, DiskPlan, Memory, VmPlan};
+use crate::{Accel, Devices, DiskPlan, Memory, NicPlan, VmPlan};
 
-/// Numbers of the sockets which the VMM inherits.
+/// Numbers of the descriptors which the VMM inherits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sockets {
+pub struct Descriptors {
     /// To the guest's agent.
     pub agent: RawFd,
     /// Of the guest's first serial port.
     pub console: RawFd,
     /// For control commands (QMP).
     pub monitor: RawFd,
+    /// The TAP device that the network device is connected to, if there is one.
+    pub cable: Option<RawFd>,
 }
 
 /// The arguments that make QEMU be the machine of `plan`.
@@ -23,7 +25,7 @@ pub struct Sockets {
 /// The options are those of qemu(1); which of them matter, and how much, is in
 /// `docs/decisions/0003-qemu-machine.md`.
 #[must_use]
-pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
+pub fn arguments(plan: &VmPlan, fds: Descriptors) -> Vec<OsString> {
     let mut args = Arguments(Vec::with_capacity(64));
     args.option("-name", &plan.name);
     // Nothing but what is asked for, and no file of the host's that could change it.
@@ -74,11 +76,11 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
         args.option("-append", kernel_parameters(plan));
     }
 
-    args.socket("console", sockets.console);
+    args.socket("console", fds.console);
     args.option("-serial", "chardev:console");
-    args.socket("monitor", sockets.monitor);
+    args.socket("monitor", fds.monitor);
     args.option("-mon", "chardev=monitor,mode=control");
-    args.socket("agent", sockets.agent);
+    args.socket("agent", fds.agent);
     // One port and the control queue; the default of 31 ports costs 60 queues and their event
     // descriptors at each start and resume.
     args.option("-device", "virtio-serial-device,max_ports=2");
@@ -87,6 +89,12 @@ pub fn arguments(plan: &VmPlan, sockets: Sockets) -> Vec<OsString> {
     for (index, disk) in plan.disks.iter().enumerate() {
         args.option("-blockdev", block_node(index, disk));
         args.option("-device", block_device(index, disk));
+    }
+    // Last, so that a machine with it is like one without in everything before. No helper script and
+    // no helper program: the device is there already.
+    if let (Some(nic), Some(cable)) = (&plan.nic, fds.cable) {
+        args.option("-netdev", format!("tap,id=net0,fd={cable}"));
+        args.option("-device", nic_device(nic));
     }
     args.0
 }
@@ -196,6 +204,13 @@ fn block_device(index: usize, disk: &DiskPlan) -> String {
     format!("virtio-blk-device,drive=disk{index},{on_error}")
 }
 
+/// The network device. One queue and its default of 256 frames: the guest's driver fills it at each
+/// boot.
+fn nic_device(nic: &NicPlan) -> String {
+    let [a, b, c, d, e, f] = nic.mac;
+    format!("virtio-net-device,netdev=net0,mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+}
+
 /// A path as the value of an option, where a comma ends the value unless doubled.
 fn escaped(path: &Path) -> OsString {
     let bytes = path.as_os_str().as_bytes();
@@ -232,10 +247,11 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    const SOCKETS: Sockets = Sockets {
+    const FDS: Descriptors = Descriptors {
         agent: 10,
         console: 11,
         monitor: 12,
+        cable: Some(13),
     };
 
     fn plan(accel: Accel) -> VmPlan {
@@ -260,6 +276,7 @@ mod tests {
                     read_only: false,
                 },
             ],
+            nic: None,
             tsc_khz: Some(2_445_425),
         }
     }
@@ -267,7 +284,7 @@ mod tests {
     /// The arguments as one text, an option with its value on a line.
     fn text(plan: &VmPlan) -> String {
         let mut text = String::new();
-        for argument in arguments(plan, SOCKETS) {
+        for argument in arguments(plan, FDS) {
             let argument = argument.into_string().expect("UTF-8");
             let begins_option = argument.starts_with('-');
             if !text.is_empty() {
@@ -348,6 +365,20 @@ cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on norandmaps rdinit=
         }
     }
 
+    #[test]
+    fn a_network_device_comes_after_everything_else() {
+        let without = plan(Accel::Kvm);
+        let with = VmPlan {
+            nic: Some(NicPlan {
+                mac: [0x06, 0x73, 172, 16, 0, 2],
+            }),
+            ..without.clone()
+        };
+        let added = "\n-netdev tap,id=net0,fd=13\n\
+                     -device virtio-net-device,netdev=net0,mac=06:73:ac:10:00:02";
+        assert_eq!(text(&with), text(&without) + added);
+    }
+
     /// What each kind of memory adds to the arguments, and whether it leaves the others as they are.
     #[test]
     fn memory() {
@@ -384,7 +415,7 @@ cryptomgr.notests nokaslr mitigations=off random.trust_cpu=on norandmaps rdinit=
 
     #[test]
     fn the_kernel_parameters_are_one_argument() {
-        let args = arguments(&plan(Accel::Kvm), SOCKETS);
+        let args = arguments(&plan(Accel::Kvm), FDS);
         let append = args.iter().position(|arg| arg == "-append");
         let value = append.and_then(|at| args.get(at + 1));
         assert!(

@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 
-use self::cmdline::Sockets;
+use self::cmdline::Descriptors;
 use self::launch::Process;
 use self::qmp::{Command, Monitor, QmpError};
 use self::shape::Shape;
@@ -110,8 +110,8 @@ impl Backend for Qemu {
         CAPABILITIES
     }
 
-    async fn start(&self, plan: &VmPlan) -> Result<Box<dyn Vm>, VmError> {
-        refuse_impossible(plan, &CAPABILITIES)?;
+    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
         let memory = new_memory(plan)?;
@@ -119,15 +119,20 @@ impl Backend for Qemu {
             Memory::File(path) => Some(open_memory(path)?),
             Memory::Anonymous | Memory::CopyOf(_) => None,
         };
-        let vm = launch(plan, base)?;
+        let vm = launch(plan, base, cable)?;
         if let Some(memory) = memory {
             memory.keep();
         }
         Ok(Box::new(vm))
     }
 
-    async fn restore(&self, plan: &VmPlan, state: &Path) -> Result<Box<dyn Vm>, VmError> {
-        refuse_impossible(plan, &CAPABILITIES)?;
+    async fn restore(
+        &self,
+        plan: &VmPlan,
+        state: &Path,
+        cable: Option<OwnedFd>,
+    ) -> Result<Box<dyn Vm>, VmError> {
+        refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         let base = refuse_unrestorable(plan)?;
         refuse_unreadable(plan)?;
         let mut file = open_state(state)?;
@@ -139,7 +144,7 @@ impl Backend for Qemu {
                 let doing = doing("restore", &plan.name);
                 VmError::new(VmErrorKind::Protocol, doing, error)
             })?;
-        let mut vm = launch(plan, Some(base))?;
+        let mut vm = launch(plan, Some(base), cable)?;
         // Whatever goes wrong, dropping the machine kills and reaps it.
         let loaded = vm.monitor.load(file.into()).await;
         vm.told("restore", loaded).await?;
@@ -150,22 +155,25 @@ impl Backend for Qemu {
 /// Starts the process. Awaits nothing, so there is no half-started machine to lose.
 ///
 /// `base` is the file that the guest's memory is, or is a copy of.
-fn launch(plan: &VmPlan, base: Option<File>) -> Result<QemuVm, VmError> {
+fn launch(plan: &VmPlan, base: Option<File>, cable: Option<OwnedFd>) -> Result<QemuVm, VmError> {
     let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
     let (agent, agent_there) = UnixStream::pair().map_err(host)?;
     let (console, console_there) = UnixStream::pair().map_err(host)?;
     let (monitor, monitor_there) = UnixStream::pair().map_err(host)?;
-    let inherited = [agent_there, console_there, monitor_there]
+    let sockets = [agent_there, console_there, monitor_there].map(OwnedFd::from);
+    let inherited = sockets
         .into_iter()
+        .chain(cable)
         .map(above_stdio)
         .collect::<io::Result<Vec<_>>>()
         .map_err(host)?;
-    let sockets = Sockets {
+    let fds = Descriptors {
         agent: inherited[0].as_raw_fd(),
         console: inherited[1].as_raw_fd(),
         monitor: inherited[2].as_raw_fd(),
+        cable: inherited.get(3).map(AsRawFd::as_raw_fd),
     };
-    let arguments = cmdline::arguments(plan, sockets);
+    let arguments = cmdline::arguments(plan, fds);
     tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
     let process = Process::spawn(&plan.program, &arguments, inherited)
         .map_err(|error| spawn_error(&plan.program, error))?;
@@ -394,11 +402,10 @@ fn spawn_error(program: &Path, error: io::Error) -> VmError {
     VmError::new(kind, format!("run {}", program.display()), error)
 }
 
-/// The same socket under a number that standard input, output and error do not have: a process that
+/// The same descriptor under a number that standard input, output and error do not have: a process that
 /// was started without them gets such numbers for its first sockets, and in the child they are
 /// replaced.
-fn above_stdio(socket: UnixStream) -> io::Result<OwnedFd> {
-    let fd = OwnedFd::from(socket);
+fn above_stdio(fd: OwnedFd) -> io::Result<OwnedFd> {
     if fd.as_raw_fd() > libc::STDERR_FILENO {
         return Ok(fd);
     }

@@ -24,6 +24,8 @@ pub(super) struct Shape {
     memory_mib: u32,
     /// For each disk whether it is read-only.
     disks: Vec<bool>,
+    #[serde(default)]
+    nic: bool,
 }
 
 impl Shape {
@@ -33,6 +35,7 @@ impl Shape {
             cpus: plan.cpus,
             memory_mib: plan.memory_mib,
             disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
+            nic: plan.nic.is_some(),
         }
     }
 

@@ -17,7 +17,8 @@ mod server;
 mod tests;
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ use ipnet::Ipv4Net;
 pub use self::lookup::{Accepted, Judged, Lookup, Unusable, judge};
 pub use self::server::{Resolver, Sink};
 use super::nft::is_never;
+use crate::error::{HostError, HostErrorKind};
+use crate::os::Os;
 
 /// The shortest time an address is kept, however soon its record expires: a guest may connect later
 /// than it asked, and some records expire at once.
@@ -94,6 +97,36 @@ impl fmt::Display for Pattern {
     }
 }
 
+/// The name servers that a file such as `/etc/resolv.conf` names (resolv.conf(5)), in its order, at
+/// port 53; none if it is not there.
+///
+/// # Errors
+///
+/// Those of reading it.
+pub fn name_servers(os: &Os, path: &Path) -> Result<Vec<SocketAddr>, HostError> {
+    match os.read("read", path) {
+        Ok(bytes) => Ok(parse_name_servers(&String::from_utf8_lossy(&bytes))),
+        Err(error) if error.kind() == HostErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn parse_name_servers(text: &str) -> Vec<SocketAddr> {
+    let mut servers = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        // An address with a zone, `fe80::1%eth0`, stands for a router that is not asked here.
+        if words.next() == Some("nameserver")
+            && let Some(Ok(address)) = words.next().map(str::parse::<IpAddr>)
+        {
+            servers.push(SocketAddr::new(address, DNS_PORT));
+        }
+    }
+    servers
+}
+
+const DNS_PORT: u16 = 53;
+
 /// Which names a guest may look up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Names {
@@ -113,6 +146,12 @@ pub struct Rules {
 }
 
 impl Rules {
+    /// Whether a guest may look up this name.
+    #[must_use]
+    pub fn allows(&self, name: &str) -> bool {
+        Name::<Vec<u8>>::from_str(name).is_ok_and(|name| self.has(&name))
+    }
+
     fn has(&self, name: &Name<Vec<u8>>) -> bool {
         match &self.names {
             Names::All => true,

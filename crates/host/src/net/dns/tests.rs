@@ -94,6 +94,17 @@ fn rcode(reply: &[u8]) -> Rcode {
 }
 
 #[test]
+fn name_servers_are_read_as_the_resolver_does() {
+    let text = "# nameserver 192.0.2.9\nsearch x\nnameserver 192.0.2.1\n\tnameserver\t2001:db8::1 # x\n\
+                nameserver fe80::1%eth0\nnameserver\nnameservers 192.0.2.2\n";
+    let servers: Vec<_> = super::parse_name_servers(text)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(servers, ["192.0.2.1:53", "[2001:db8::1]:53"]);
+}
+
+#[test]
 fn patterns_are_names_or_what_is_below_one() {
     let has = |pattern: &str, text: &str| pattern.parse::<Pattern>().unwrap().has(&name(text));
     assert!(has("example.com", "EXAMPLE.com."));

@@ -152,6 +152,16 @@ pub fn is_never(address: Ipv4Addr) -> bool {
             .any(|(first, after)| octets >= *first && after.is_none_or(|after| octets < after))
 }
 
+/// Whether [`is_never`] holds for every address of a network: then whoever names it means just that.
+#[must_use]
+pub fn is_never_network(network: Ipv4Net) -> bool {
+    let (first, last) = (network.network().octets(), network.broadcast().octets());
+    first >= layout::NEVER_FROM
+        || layout::NEVER_RANGES
+            .iter()
+            .any(|(from, after)| first >= *from && after.is_none_or(|after| last < after))
+}
+
 /// The table, as seen by one owner. Cheap to clone; clones take turns. Acts in the network namespace
 /// of the thread that uses it first, and needs `CAP_NET_ADMIN` there.
 ///
@@ -322,6 +332,36 @@ impl Firewall {
         })
     }
 
+    /// Puts back what is missing of a guest whose entry was right, after somebody emptied the table:
+    /// the table itself, its rules, the guest's elements, and the addresses its names led to. Returns
+    /// whether anything was. Connections of a guest whose policy was never changed go on.
+    ///
+    /// # Errors
+    ///
+    /// [`AlreadyExists`](crate::HostErrorKind::AlreadyExists) if the address has become another's.
+    pub fn put_back(
+        &self,
+        guest: &Guest,
+        resolved: &[(Ipv4Addr, Duration)],
+    ) -> Result<bool, HostError> {
+        self.effect("put back into the firewall", guest, |nft| {
+            let shape = Shape::new();
+            let broken = !nft.is_intact(&shape)?;
+            if broken {
+                nft.build(&shape)?;
+            }
+            if nft.epoch(guest.address)?.is_some() {
+                return Ok(broken);
+            }
+            let elements = elements::of(guest, &self.owner, &Epoch::first(guest.run));
+            nft.change(None, &elements, &[])?;
+            if !resolved.is_empty() {
+                nft.allow(guest.address, resolved)?;
+            }
+            Ok(true)
+        })
+    }
+
     /// The devices of this owner's guests.
     ///
     /// # Errors
@@ -337,6 +377,18 @@ impl Firewall {
                     .filter_map(|one| one.tap)
                     .collect(),
             )
+        })
+    }
+
+    /// How many guests there are, of every owner.
+    ///
+    /// # Errors
+    ///
+    /// Those of nf_tables; a table that is not there has none.
+    pub fn all_guests(&self) -> Result<usize, HostError> {
+        let path = Path::new(TABLE);
+        self.os.effect("list the guests in", path, || {
+            Ok(self.with(|nft| nft.elements(layout::GUESTS))?.len())
         })
     }
 
