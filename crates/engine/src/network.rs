@@ -549,7 +549,11 @@ pub struct NetworkLaunch {
 
 impl NetworkLaunch {
     /// The launch of a row.
-    pub(crate) fn new(
+    ///
+    /// # Errors
+    ///
+    /// If the data directory cannot be looked at, or the prefix can be none.
+    pub fn new(
         row: &NetworkRow,
         layout: &Layout,
         spec: &NetworkSpec,
@@ -670,14 +674,14 @@ impl Link {
     }
 
     /// Takes the entry out of the firewall and gives the address free; the device goes with its last
-    /// descriptor. Idempotent.
+    /// descriptor. `guest` is what the firewall was told last. Idempotent.
     ///
     /// # Errors
     ///
     /// Those of the host.
-    pub fn close(&self) -> Result<()> {
-        self.firewall.remove(&self.guest)?;
-        Ok(self.tap.release_address(&self.os, self.guest.address)?)
+    pub fn close(&self, guest: &Guest) -> Result<()> {
+        self.firewall.remove(guest)?;
+        Ok(self.tap.release_address(&self.os, guest.address)?)
     }
 }
 
@@ -698,7 +702,7 @@ pub fn release(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<
         // First what lets packets pass, then the device, which is gone already with its last
         // descriptor unless its holder is only just ending.
         Firewall::new(os.clone(), owner(layout)?)
-            .remove(&guest)
+            .purge(&guest)
             .map_err(not_permitted)?;
         tap::delete(os, name).map_err(not_permitted)?;
     }

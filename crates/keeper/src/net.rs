@@ -20,7 +20,7 @@ use smolvm_engine::store::Store;
 use smolvm_engine::{Error, ErrorKind};
 use smolvm_host::HostError;
 use smolvm_host::net::dns::{DeniedLookup, DeniedReason, Resolver, Rules, Sink};
-use smolvm_host::net::nft::{Firewall, Guest, Reach, Watch};
+use smolvm_host::net::nft::{Firewall, Guest, Loss, Reach, Watch};
 use smolvm_host::os::{Durability, Os};
 use smolvm_proto::message;
 use tokio::sync::watch;
@@ -28,6 +28,9 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::error::KeeperError;
+
+#[cfg(test)]
+mod tests;
 
 /// Names of a guest's that are remembered: denied ones, and for the log those that led somewhere. A
 /// guest may ask for as many as it likes; the ones asked for last are kept.
@@ -227,11 +230,26 @@ impl Network {
     /// Takes the sandbox out of the firewall and gives its address free. Its row in the store is to be
     /// removed afterwards.
     pub(crate) fn take_down(&self) -> Result<(), Error> {
+        match self.let_go() {
+            Some(guest) => self.link.close(&guest),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends what acts for the sandbox, and returns what is still of it in the firewall: from now on
+    /// nobody puts it back.
+    fn let_go(&self) -> Option<Guest> {
         self.resolver.abort();
-        // Nobody puts back what is taken out now.
-        lock(&self.shared.state).guest = None;
+        let guest = lock(&self.shared.state).guest.take();
         let _ = rustix::io::write(&self.stop_watching, &1_u64.to_ne_bytes());
-        self.link.close()
+        guest
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // What is left of it is found by its row.
+        let _ = self.let_go();
     }
 }
 
@@ -340,8 +358,7 @@ fn watch_firewall(os: &Os, shared: &Arc<Shared>) -> Result<OwnedFd, KeeperError>
                     return;
                 }
                 match watch.take() {
-                    Ok(false) => {}
-                    Ok(true) => put_back(&shared),
+                    Ok(loss) => put_back(&shared, loss),
                     Err(error) => {
                         tracing::warn!(%error, "the host's firewall is not watched any more");
                         return;
@@ -353,10 +370,10 @@ fn watch_firewall(os: &Os, shared: &Arc<Shared>) -> Result<OwnedFd, KeeperError>
     Ok(stop)
 }
 
-fn put_back(shared: &Shared) {
+fn put_back(shared: &Shared, loss: Loss) {
     let state = lock(&shared.state);
     let Some(guest) = &state.guest else { return };
-    match shared.firewall.put_back(guest, &state.holding()) {
+    match shared.firewall.put_back(guest, &state.holding(), loss) {
         Ok(false) => {}
         Ok(true) => tracing::warn!("somebody emptied the host's firewall table; it was made anew"),
         Err(error) => {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Barrier};
 
 use smolvm_host::net::alloc::AddressPool;
-use smolvm_host::net::nft::{Firewall, Guest, Mended, Policy, Reach, Transport, Watch};
+use smolvm_host::net::nft::{Firewall, Guest, Loss, Mended, Policy, Reach, Transport, Watch};
 use smolvm_host::net::tap::{self, Lifetime, Owner, Tap, TapName, TapSpec};
 use smolvm_host::{Faults, HostError, HostErrorKind, Os};
 
@@ -162,6 +162,34 @@ fn sixteen_at_once_do_not_clash() {
 }
 
 #[test]
+fn a_guest_of_unknown_policy_is_purged_and_others_stay() {
+    if !may_run() {
+        return;
+    }
+    let host = host();
+    let before = host.picture();
+    let pool = AddressPool::default();
+    let known = guest(&pool, 1, full(1));
+    let unknown = Guest {
+        policy: Policy::off(),
+        ..known.clone()
+    };
+    host.run(move || {
+        firewall().add(&known).expect("added");
+        // Another guest's that has the address by now is left alone.
+        let earlier = Guest {
+            tap: name(9),
+            ..unknown.clone()
+        };
+        firewall().purge(&earlier).expect("nothing of its own");
+        assert_eq!(firewall().guests().expect("guests"), [known.tap]);
+        firewall().purge(&unknown).expect("purged");
+        firewall().purge(&unknown).expect("purged again");
+    });
+    assert_eq!(host.picture(), before);
+}
+
+#[test]
 fn an_address_or_a_name_is_taken_once() {
     if !may_run() {
         return;
@@ -296,15 +324,16 @@ fn a_watch_tells_of_a_flushed_table() {
     let host = host();
     host.run(|| {
         let mut watch = Watch::begin(&Os::new()).expect("a watch");
-        assert!(!watch.take().expect("nothing yet"));
-        firewall()
-            .add(&guest(&AddressPool::default(), 1, Policy::off()))
-            .expect("added");
-        assert!(!watch.take().expect("nothing that matters"));
+        assert_eq!(watch.take().expect("nothing yet"), Loss::Nothing);
+        let guest = guest(&AddressPool::default(), 1, Policy::off());
+        firewall().add(&guest).expect("added");
+        assert_eq!(watch.take().expect("nothing that matters"), Loss::Nothing);
+        firewall().remove(&guest).expect("removed");
+        assert_eq!(watch.take().expect("elements"), Loss::Elements);
         let flushed = Command::new("nft").args(["flush", "ruleset"]).status();
         assert!(flushed.expect("nft").success());
-        assert!(watch.take().expect("something"));
-        assert!(!watch.take().expect("nothing more"));
+        assert_eq!(watch.take().expect("something"), Loss::Rules);
+        assert_eq!(watch.take().expect("nothing more"), Loss::Nothing);
     });
 }
 

@@ -236,6 +236,24 @@ impl Nft {
         self.commit(batch)
     }
 
+    /// Removes whatever there is of a guest's address, unless another guest has it.
+    pub(super) fn purge(&mut self, guest: &Guest) -> io::Result<()> {
+        self.settled(|nft, generation| {
+            let present = nft.present()?;
+            let others = present.iter().any(|element| {
+                element.set == layout::GUESTS
+                    && elements::address_of(element) == Some(guest.address)
+                    && !elements::is_guest(element, guest)
+            });
+            if others {
+                return Ok(());
+            }
+            let now = elements::by_address(present).remove(&Some(guest.address));
+            let remove: Vec<_> = now.into_iter().flatten().collect();
+            nft.change(Some(generation), &[], &remove)
+        })
+    }
+
     /// Forgets what names of a guest resolved to.
     pub(super) fn forget(&mut self, guest: &Guest) -> io::Result<()> {
         let of_guest = self

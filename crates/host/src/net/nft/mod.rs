@@ -245,8 +245,9 @@ impl Firewall {
         })
     }
 
-    /// Removes a guest in one transaction, and then what was noted of it. Idempotent, and right
-    /// whatever policy the guest really has.
+    /// Removes a guest in one transaction, and then what was noted of it. `guest` is as it was added or
+    /// [changed](Firewall::change) last: with a policy that is less than its real one, the rest of that
+    /// would stay. Who does not know calls [`Firewall::purge`]. Idempotent.
     ///
     /// # Errors
     ///
@@ -261,20 +262,24 @@ impl Firewall {
                 None => Err(io::Error::from(io::ErrorKind::NotFound).into()),
             };
             match removed {
-                Err(Refused { error, .. }) if is_missing(&error) => {
-                    // Not as it was said to be: look.
-                    nft.settled(|nft, generation| {
-                        let present = nft.present()?;
-                        if !present.iter().any(|e| elements::is_guest(e, guest)) {
-                            return Ok(());
-                        }
-                        let now = elements::by_address(present).remove(&Some(guest.address));
-                        let remove: Vec<_> = now.into_iter().flatten().collect();
-                        nft.change(Some(generation), &[], &remove)
-                    })?;
-                }
+                Err(Refused { error, .. }) if is_missing(&error) => nft.purge(guest)?,
                 other => other?,
             }
+            nft.forget(guest)?;
+            nft.forget_denied(|tap| tap == guest.tap)
+        })
+    }
+
+    /// As [`Firewall::remove`], whatever policy the guest really has: everything that the table has of
+    /// its address goes, unless that is another guest's by now. Looks through the whole table, which
+    /// takes longer the more sandboxes there are.
+    ///
+    /// # Errors
+    ///
+    /// Those of nf_tables; a guest, or a table, that is not there is success.
+    pub fn purge(&self, guest: &Guest) -> Result<(), HostError> {
+        self.effect("clear out of the firewall", guest, |nft| {
+            nft.purge(guest)?;
             nft.forget(guest)?;
             nft.forget_denied(|tap| tap == guest.tap)
         })
@@ -334,7 +339,8 @@ impl Firewall {
 
     /// Puts back what is missing of a guest whose entry was right, after somebody emptied the table:
     /// the table itself, its rules, the guest's elements, and the addresses its names led to. Returns
-    /// whether anything was. Connections of a guest whose policy was never changed go on.
+    /// whether anything was. Connections of a guest whose policy was never changed go on. The rules are
+    /// looked at only if `loss` is of rules: with elements alone it is one question to the kernel.
     ///
     /// # Errors
     ///
@@ -343,10 +349,14 @@ impl Firewall {
         &self,
         guest: &Guest,
         resolved: &[(Ipv4Addr, Duration)],
+        loss: Loss,
     ) -> Result<bool, HostError> {
+        if loss == Loss::Nothing {
+            return Ok(false);
+        }
         self.effect("put back into the firewall", guest, |nft| {
             let shape = Shape::new();
-            let broken = !nft.is_intact(&shape)?;
+            let broken = loss == Loss::Rules && !nft.is_intact(&shape)?;
             if broken {
                 nft.build(&shape)?;
             }
@@ -480,6 +490,17 @@ pub struct Watch {
     netlink: Netlink,
 }
 
+/// What was deleted from the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Loss {
+    /// Nothing.
+    Nothing,
+    /// Elements of its sets, of whichever sandbox.
+    Elements,
+    /// Rules, chains, the table; or so much that it cannot be known.
+    Rules,
+}
+
 /// `NFNLGRP_NFTABLES`, linux/netfilter/nfnetlink.h.
 const GROUP_RULES: u32 = 7;
 
@@ -497,30 +518,35 @@ impl Watch {
         })
     }
 
-    /// Takes what was announced since the last call and returns whether something was deleted from
-    /// the table, or so much happened that it cannot be known. Never waits: the [descriptor](AsFd)
-    /// becomes readable when there is something to take. Sandboxes that go cause it too, so `true`
-    /// is the moment for [`Firewall::ensure`], which looks.
+    /// Takes what was announced since the last call and returns the most that was deleted from the
+    /// table. Never waits: the [descriptor](AsFd) becomes readable when there is something to take.
+    /// Sandboxes that go cause [`Loss::Elements`] too, so it is the moment to look:
+    /// [`Firewall::put_back`], [`Firewall::ensure`].
     ///
     /// # Errors
     ///
     /// Those of recv(2).
-    pub fn take(&mut self) -> Result<bool, HostError> {
+    pub fn take(&mut self) -> Result<Loss, HostError> {
         match self.netlink.pending() {
-            Ok(messages) => Ok(messages.iter().any(|message| {
-                let deletes = matches!(
-                    wire::message_of(message.kind),
-                    Some(
-                        wire::DELETE_TABLE
-                            | wire::DELETE_CHAIN
-                            | wire::DELETE_RULE
-                            | wire::DELETE_ELEMENT
-                    )
-                );
-                let table = wire::find(wire::attributes(&message.payload), 1);
-                deletes && table.is_some_and(|name| wire::text(name) == TABLE)
-            })),
-            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
+            Ok(messages) => Ok(messages
+                .iter()
+                .map(|message| {
+                    let table = wire::find(wire::attributes(&message.payload), 1);
+                    if table.is_none_or(|name| wire::text(name) != TABLE) {
+                        return Loss::Nothing;
+                    }
+                    match wire::message_of(message.kind) {
+                        Some(wire::DELETE_TABLE | wire::DELETE_CHAIN | wire::DELETE_RULE) => {
+                            Loss::Rules
+                        }
+                        Some(wire::DELETE_ELEMENT) => Loss::Elements,
+                        _ => Loss::Nothing,
+                    }
+                })
+                .max()
+                .unwrap_or(Loss::Nothing)),
+            // More happened than it has room for.
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(Loss::Rules),
             Err(e) => Err(HostError::io(
                 "watch the firewall table",
                 Path::new(TABLE),
