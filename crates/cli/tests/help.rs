@@ -89,8 +89,8 @@ fn every_command_explains_itself() {
 fn a_command_without_its_verb_prints_its_help() {
     let home = Home::new();
     for command in [
-        "", "sandbox", "computer", "file", "snapshot", "pool", "image", "kernel", "template",
-        "bench",
+        "", "sandbox", "computer", "file", "snapshot", "pool", "port", "network", "image",
+        "kernel", "template", "bench",
     ] {
         let mut args: Vec<&str> = command.split_whitespace().collect();
         let output = home.command(&args).output().expect("smolvm runs");

@@ -113,6 +113,7 @@ impl Home {
             accel: AccelChoice::Emulation,
             templates: false,
             network: self.network(),
+            settings: smolvm_engine::Settings::default(),
             boot_timeout: Duration::from_secs(1),
         })
     }
@@ -189,6 +190,7 @@ fn start(home: &Home) -> Launch {
             tsc_khz: None,
         },
         network: Some(network),
+        ports: Vec::new(),
         env: Vec::new(),
         workdir: None,
         user: None,
