@@ -1145,7 +1145,7 @@ impl Engine {
 
 /// Waits until the process that holds a sandbox has ended. Not for its lock: the next starter may
 /// have taken that already, and keeps it for as long as the sandbox runs.
-async fn wait_for_end(row: &SandboxRow) -> Result<()> {
+pub(crate) async fn wait_for_end(row: &SandboxRow) -> Result<()> {
     let Some(holder) = open_holder(row)? else {
         return Ok(());
     };

@@ -27,10 +27,10 @@ use smolvm_host::os::Os;
 use smolvm_host::{HostError, HostErrorKind};
 use smolvm_proto::keeper::{KeeperRequest, NetworkPolicy};
 
-use crate::engine::{Engine, unknown_sandbox};
+use crate::engine::{Engine, unknown_sandbox, wait_for_end};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
-use crate::store::{NetworkMode, NetworkRow, Store};
+use crate::store::{NetworkMode, NetworkRow, State, Store};
 use crate::teardown;
 
 /// Most names and networks in one sandbox's list.
@@ -420,7 +420,7 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::Busy`] while sandboxes have a network; [`ErrorKind::PermissionDenied`].
-    pub fn reset_network(&self) -> Result<()> {
+    pub async fn reset_network(&self) -> Result<()> {
         refuse_unprivileged()?;
         let busy = |why: String| {
             Error::new(
@@ -431,8 +431,24 @@ impl Engine {
             .hint("stop them first")
         };
         if let Some(mut store) = Store::open_existing(&self.layout().database())? {
-            teardown::reconcile(self.os(), self.layout(), &mut store)?;
-            let used = store.networks()?.len();
+            let mut used = 0;
+            for _ in 0..RESET_TRIES {
+                teardown::reconcile(self.os(), self.layout(), &mut store)?;
+                let networks = store.networks()?;
+                used = networks.len();
+                let mut going = Vec::new();
+                for network in networks {
+                    let row = store.sandbox(&network.sandbox_id)?;
+                    going.extend(row.filter(|row| row.state == State::Deleting));
+                }
+                if going.is_empty() {
+                    break;
+                }
+                // Who deletes a sandbox is answered before its keeper has taken everything away.
+                for row in going {
+                    wait_for_end(&row).await?;
+                }
+            }
             if used > 0 {
                 return Err(busy(format!("{used} of this data directory have one")));
             }
@@ -457,6 +473,9 @@ impl Engine {
         Ok(())
     }
 }
+
+/// How often it is looked again whether sandboxes that were being deleted are gone.
+const RESET_TRIES: u32 = 16;
 
 /// What networks of sandboxes use of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -150,7 +150,8 @@ pub(crate) fn log(args: &LogArgs, cx: &Context) -> Result<Outcome, CliError> {
 
 /// Takes away what networks left on the host.
 pub(crate) fn reset(_: &ResetArgs, cx: &Context) -> Result<Outcome, CliError> {
-    cx.engine(None)?.reset_network()?;
+    let engine = cx.engine(None)?;
+    block_on(async { Ok(engine.reset_network().await?) })?;
     cx.out
         .status("nothing of sandboxes' networks is left on this host");
     Ok(json!({ "reset": true }).into())

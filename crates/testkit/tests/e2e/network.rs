@@ -177,8 +177,8 @@ fn names_are_followed_and_a_policy_changes_at_once() {
     site.smolvm(&["start", "box"]);
     assert_eq!(site.reach("box", &["198.51.100.10", &other]), [us, DENIED]);
     site.smolvm(&["rm", "box"]);
-    site.home.is_clean();
     site.smolvm(&["network", "reset"]);
+    site.home.is_clean();
     assert_eq!(site.lab.host.sh("nft list ruleset"), "");
     let forwarding = site
         .lab
@@ -246,4 +246,18 @@ fn a_killed_keepers_network_is_taken_away() {
     assert_eq!(site.lab.picture(), before);
     site.smolvm(&["rm", "box"]);
     site.home.is_clean();
+}
+
+#[test]
+fn who_may_not_make_a_network_is_told_so_and_can_do_without() {
+    let home = Home::with(1).ordinary_user().make();
+    let refused = home.smolvm(["--json", "create", "--network", "open"]);
+    let refused = refused.run().expect(1).json();
+    let error = &refused["error"];
+    assert_eq!(error["details"]["kind"], "permission_denied", "{error:#}");
+    let hint = error["hint"].as_str().unwrap_or_default();
+    assert!(hint.contains("--network off"), "{error:#}");
+    let without = home.smolvm(["run", "--network", "off", "--", "echo", "fine"]);
+    assert_eq!(without.run().ok().out(), "fine\n");
+    home.is_clean();
 }
