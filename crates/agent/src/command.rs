@@ -9,16 +9,20 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Pid, Uid};
-use smolvm_proto::message::{EnvVar, ExecRequest, Failure, FailureKind};
+use smolvm_proto::message::{EnvVar, ExecRequest, Failure, FailureKind, Program};
 
 use crate::failure::{failure, from_errno};
 use crate::reap::Reaper;
+use crate::sftp;
 use crate::stream::Stream;
 use crate::sys::{self, SpawnError, Stage};
 use crate::users::{self, Identity};
 
 /// What every command starts with, as Debian's login gives it to root.
 const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The shell that every system has.
+const SHELL: &str = "/bin/sh";
 
 /// What holds for every command since the machine's birth.
 #[derive(Debug, Clone, Default)]
@@ -28,10 +32,22 @@ pub(crate) struct Defaults {
     pub(crate) user: Option<String>,
 }
 
+/// Where a command's program is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// As the first argument says.
+    Path,
+    /// The user's shell, or else the one that every system has.
+    Shell,
+    /// This program.
+    Ourselves,
+}
+
 /// A command, ready to start.
 #[derive(Debug)]
 pub(crate) struct Command {
     pub(crate) identity: Identity,
+    program: Source,
     argv: Vec<CString>,
     env: Vec<CString>,
     cwd: CString,
@@ -48,14 +64,26 @@ impl Command {
             .iter()
             .map(|argument| c_string("argument", argument))
             .collect::<Result<Vec<_>, _>>()?;
-        if argv.first().is_none_or(|program| program.is_empty()) {
-            return Err(failure(
-                FailureKind::InvalidInput,
-                "running a command: its argument list names no program",
-            ));
-        }
         let user = request.user.as_deref().or(defaults.user.as_deref());
         let identity = users::look_up(user.unwrap_or("root"))?;
+        let (program, argv) = match request.program {
+            None if argv.first().is_none_or(|program| program.is_empty()) => {
+                return Err(failure(
+                    FailureKind::InvalidInput,
+                    "running a command: its argument list names no program",
+                ));
+            }
+            None => (Source::Path, argv),
+            Some(Program::Shell) => {
+                let mut words = vec![shell_name(&identity.shell, argv.is_empty())?];
+                words.extend(argv);
+                (Source::Shell, words)
+            }
+            Some(Program::Sftp) => {
+                let words = [c"smolvm-agent", sftp::WORD].map(CString::from);
+                (Source::Ourselves, words.to_vec())
+            }
+        };
         let given = request
             .cwd
             .as_ref()
@@ -83,6 +111,7 @@ impl Command {
         Ok(Self {
             cwd_optional: given.is_none(),
             identity,
+            program,
             argv,
             env,
             cwd,
@@ -151,6 +180,13 @@ impl Command {
 
     /// The files that may be the program, best first.
     fn candidates(&self) -> Result<Vec<PathBuf>, Failure> {
+        match self.program {
+            Source::Path => {}
+            Source::Shell => return Ok(vec![(&self.identity.shell).into(), SHELL.into()]),
+            // The child is this program until it has loaded another, whatever has become of the
+            // file; and to itself a process's entry in proc(5) is open, whoever it runs as.
+            Source::Ourselves => return Ok(vec!["/proc/self/exe".into()]),
+        }
         let program = self.argv[0].as_bytes();
         if program.contains(&b'/') {
             return Ok(vec![path_of(program)]);
@@ -209,6 +245,13 @@ impl Command {
             }
         }
     }
+}
+
+/// The shell's name for itself: its file's, after a dash if it is a login shell (bash(1)).
+fn shell_name(shell: &str, login: bool) -> Result<CString, Failure> {
+    let name = shell.rsplit('/').next().unwrap_or(shell);
+    let dash = if login { "-" } else { "" };
+    c_string("shell", format!("{dash}{name}").as_bytes())
 }
 
 fn path_of(bytes: &[u8]) -> PathBuf {
@@ -330,6 +373,13 @@ mod tests {
             both("/bin/a", "/usr/bin/a")
         );
         assert_eq!(look("z", "/usr/bin:/bin"), Search::Nothing);
+    }
+
+    #[test]
+    fn a_login_shell_is_told_so_by_its_name() {
+        let name = |login| shell_name("/bin/bash", login).expect("no NUL");
+        assert_eq!(name(true).as_c_str(), c"-bash");
+        assert_eq!(name(false).as_c_str(), c"bash");
     }
 
     #[test]

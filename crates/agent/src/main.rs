@@ -12,6 +12,7 @@
 //! | `exec`, `command`, `users`, `cgroup`, `reap` | commands and their ends |
 //! | `connect`, `listen`, `datagrams` | sockets of the guest, joined to streams |
 //! | `files`, `extract`, `list` | trees out, trees in, listings |
+//! | `sftp` | a server of the SSH file transfer protocol, in a process of its own |
 //! | `birth`, `network`, `facts`, `shutdown` | identity, addresses, state, the way down |
 //! | `sys` | everything that needs `unsafe` |
 
@@ -37,6 +38,7 @@ mod network;
 mod port;
 mod reap;
 mod serve;
+mod sftp;
 mod shutdown;
 mod stream;
 mod sys;
@@ -54,9 +56,11 @@ use rustix::process::{Resource, Rlimit};
 
 /// Runs the program; [`sys`] calls it from the C entry point.
 ///
-/// As process 1 it boots and never returns. Otherwise it understands one form, which the tests of
-/// this crate use: `--serve-stdin [--cgroups DIRECTORY]` serves the protocol on the socket that is
-/// its standard input, without mounting anything, and ends when the peer closes it.
+/// As process 1 it boots and never returns. Otherwise it understands two forms. `--sftp` serves file
+/// transfers on standard input and output: the agent starts that in a process of its own, as the user
+/// whose files they are. `--serve-stdin [--cgroups DIRECTORY]`, which the tests of this crate use,
+/// serves the protocol on the socket that is its standard input, without mounting anything, and ends
+/// when the peer closes it.
 fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     sys::prepare_signals();
     sys::look_up_hosts_by_ourselves();
@@ -65,10 +69,14 @@ fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     if rustix::process::getpid().is_init() {
         return init::boot();
     }
-    if arguments
-        .next()
-        .is_none_or(|first| first != "--serve-stdin")
+    let first = arguments.next();
+    if first
+        .as_ref()
+        .is_some_and(|first| first == sftp::WORD.to_str().unwrap_or_default())
     {
+        return sftp::run();
+    }
+    if first.is_none_or(|first| first != "--serve-stdin") {
         return usage();
     }
     let cgroups = match (arguments.next(), arguments.next()) {

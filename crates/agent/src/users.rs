@@ -67,12 +67,27 @@ fn groups(group: &str) -> impl Iterator<Item = Group<'_>> {
 
 /// Reads the guest's files and finds who `wanted` is.
 pub(crate) fn look_up(wanted: &str) -> Result<Identity, Failure> {
-    let read = |path| {
-        std::fs::read(path)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
-    };
-    find(wanted, &read("/etc/passwd"), &read("/etc/group"))
+    find(wanted, &text("/etc/passwd"), &text("/etc/group"))
+}
+
+/// Users and groups of the guest's files, each with its number and its name.
+pub(crate) fn names() -> (Vec<(u32, String)>, Vec<(u32, String)>) {
+    let (passwd, group) = (text("/etc/passwd"), text("/etc/group"));
+    (
+        users(&passwd)
+            .map(|user| (user.uid, user.name.to_owned()))
+            .collect(),
+        groups(&group)
+            .map(|group| (group.gid, group.name.to_owned()))
+            .collect(),
+    )
+}
+
+/// A file's text; empty if there is none.
+fn text(path: &str) -> String {
+    std::fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
 }
 
 /// Finds `name`, `uid`, `name:group` or `uid:gid`.

@@ -4,7 +4,8 @@ mod support;
 
 use smolvm_proto::limits::{STREAMS_MAX, WINDOW_BYTES};
 use smolvm_proto::message::{
-    Control, EnvVar, Event, ExecRequest, ExtractRequest, FailureKind, ShutdownRequest, WindowSize,
+    Control, EnvVar, Event, ExecRequest, ExtractRequest, FailureKind, Program, ShutdownRequest,
+    WindowSize,
 };
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Channel, Frame, Kind, Request};
@@ -33,6 +34,54 @@ fn output_error_and_exit_code_come_back() {
     assert!(!exited.timed_out);
     assert!(matches!(outcome.events[0], Event::Started(_)));
     assert_eq!(outcome.events.len(), 2);
+}
+
+#[test]
+fn the_users_own_shell_runs_a_command_line() {
+    let mut guest = Guest::start();
+    let shell = |words: &[&str]| {
+        Request::Exec(ExecRequest {
+            program: Some(Program::Shell),
+            ..command(words)
+        })
+    };
+    let outcome = guest.ask(&shell(&["-c", "echo \"$0 $SHELL\" | tr / _; exit 3"]));
+    assert_eq!(outcome.exited().code, Some(3));
+    let name = outcome.text();
+    assert!(name.contains(" _bin_") || name.contains(" _usr_"), "{name}");
+    // Without words it is a login shell, which its name tells it.
+    let stream = guest.open(&Request::Exec(ExecRequest {
+        stdin: true,
+        program: Some(Program::Shell),
+        ..command(&[])
+    }));
+    guest.data(stream, b"echo $0\n");
+    guest.end_input(stream);
+    let outcome = guest.finish(stream);
+    assert!(outcome.text().starts_with('-'), "{}", outcome.text());
+}
+
+#[test]
+fn files_are_served_in_a_process_of_the_user() {
+    let mut guest = Guest::start();
+    let stream = guest.open(&Request::Exec(ExecRequest {
+        stdin: true,
+        program: Some(Program::Sftp),
+        ..command(&[])
+    }));
+    // SSH_FXP_INIT of version 3, and SSH_FXP_REALPATH of where it runs.
+    guest.data(stream, &[0, 0, 0, 5, 1, 0, 0, 0, 3]);
+    guest.data(stream, &[0, 0, 0, 10, 16, 0, 0, 0, 9, 0, 0, 0, 1, b'.']);
+    guest.end_input(stream);
+    let outcome = guest.finish(stream);
+    assert_eq!(outcome.exited().code, Some(0), "{outcome:?}");
+    assert_eq!(outcome.output[4..9], [2, 0, 0, 0, 3], "SSH_FXP_VERSION");
+    let name = [104, 0, 0, 0, 9, 0, 0, 0, 1, 0, 0, 0, 1, b'/'];
+    let answers = &outcome.output;
+    assert!(
+        answers.windows(name.len()).any(|part| part == name),
+        "{answers:?}"
+    );
 }
 
 #[test]

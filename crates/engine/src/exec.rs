@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use smolvm_proto::Channel;
 use smolvm_proto::limits::COMMAND_BYTES_MAX;
-use smolvm_proto::message::{Control, EnvVar, Event, ExecRequest, Request, WindowSize};
+use smolvm_proto::message::{self, Control, EnvVar, Event, ExecRequest, Request, WindowSize};
 
 use crate::client::{Heard, Stream, StreamInput};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,8 +16,8 @@ use crate::spec::check_env;
 /// A command to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecSpec {
-    /// Program and arguments, at least one. A program without a slash is searched in the
-    /// command's own `PATH`.
+    /// Program and arguments, at least one unless [`ExecSpec::program`] says what runs. A program
+    /// without a slash is searched in the command's own `PATH`.
     pub argv: Vec<OsString>,
     /// Set on top of the sandbox's environment.
     pub env: Vec<(String, String)>,
@@ -31,6 +31,21 @@ pub struct ExecSpec {
     pub terminal: Option<TerminalSize>,
     /// Whether [`ExecControl::write_stdin`] feeds it; it reads from `/dev/null` otherwise.
     pub stdin: bool,
+    /// What runs.
+    pub program: Program,
+}
+
+/// What a command runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Program {
+    /// The program that is the first of [`ExecSpec::argv`].
+    #[default]
+    Named,
+    /// The user's own shell, with [`ExecSpec::argv`] as its arguments; without any a login shell.
+    Shell,
+    /// A server of the SSH file transfer protocol, version 3. It comes with the guest's agent, so
+    /// that an image needs none.
+    Sftp,
 }
 
 impl ExecSpec {
@@ -45,12 +60,15 @@ impl ExecSpec {
             timeout: None,
             terminal: None,
             stdin: false,
+            program: Program::Named,
         }
     }
 
     fn to_request(&self) -> Result<ExecRequest> {
         let wrong = |what: &str, hint: &str| Error::new(ErrorKind::InvalidInput, what).hint(hint);
-        if self.argv.first().is_none_or(|program| program.is_empty()) {
+        if self.program == Program::Named
+            && self.argv.first().is_none_or(|program| program.is_empty())
+        {
             return Err(wrong("no command was given", "put the command after `--`"));
         }
         for (name, value) in &self.env {
@@ -99,6 +117,11 @@ impl ExecSpec {
                 .map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             terminal: self.terminal.map(TerminalSize::to_wire),
             stdin: self.stdin,
+            program: match self.program {
+                Program::Named => None,
+                Program::Shell => Some(message::Program::Shell),
+                Program::Sftp => Some(message::Program::Sftp),
+            },
         })
     }
 }

@@ -62,7 +62,7 @@ pub use connection::{Connection, ConnectionEvent, ConnectionInput, DatagramInput
 pub use doctor::{Check, CheckStatus};
 pub use engine::{ConsoleTail, Engine, ImageInfo, MissingPackage, Pruned, SandboxInfo, StartTimes};
 pub use error::{Error, ErrorKind, Result, in_one_line};
-pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, TerminalSize};
+pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, Program, TerminalSize};
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};

@@ -61,8 +61,8 @@ pub enum Request {
 /// A command to run.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ExecRequest {
-    /// Program and arguments, at least one. A program without a slash is searched in the
-    /// command's own `PATH`.
+    /// Program and arguments, at least one unless [`ExecRequest::program`] says what runs. A program
+    /// without a slash is searched in the command's own `PATH`.
     #[n(0)]
     pub argv: Vec<ByteVec>,
     /// Set on top of the agent's default environment.
@@ -83,6 +83,23 @@ pub struct ExecRequest {
     /// Whether [`crate::Channel::Input`] feeds standard input; `/dev/null` does otherwise.
     #[n(6)]
     pub stdin: bool,
+    /// What runs if it is not the program that [`ExecRequest::argv`] names.
+    #[n(7)]
+    pub program: Option<Program>,
+}
+
+/// A program that the guest knows better than the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Program {
+    /// The user's own shell (passwd(5)), or `/bin/sh` if that is not there.
+    /// [`ExecRequest::argv`] are its arguments; without any it is a login shell.
+    #[n(0)]
+    Shell,
+    /// A server of the SSH file transfer protocol, version 3, on standard input and output. It
+    /// comes with the agent, so that an image needs none.
+    #[n(1)]
+    Sftp,
 }
 
 /// One variable of an environment.
@@ -119,6 +136,7 @@ impl ExecRequest {
             timeout_ms: None,
             terminal: None,
             stdin: false,
+            program: None,
         }
     }
 }

@@ -16,8 +16,8 @@ use smolvm_proto::keeper::{
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
-    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Request, ShutdownRequest,
-    Started, WindowSize,
+    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Program, Request,
+    ShutdownRequest, Started, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -150,6 +150,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         timeout_ms: None,
         terminal: None,
         stdin: false,
+        program: None,
     };
     let full = ExecRequest {
         argv: vec![bytes("sh"), bytes("-c"), ByteVec::from(vec![0xff, 0xfe])],
@@ -159,7 +160,13 @@ fn requests() -> Vec<(&'static str, Request)> {
         timeout_ms: Some(u64::MAX),
         terminal: Some(SIZE),
         stdin: true,
+        program: None,
     };
+    let inside = |program| ExecRequest {
+        program: Some(program),
+        ..bare.clone()
+    };
+    let (shell, sftp) = (inside(Program::Shell), inside(Program::Sftp));
     let birth = Birth {
         hostname: "box".to_owned(),
         env: vec![env("LANG", "C.UTF-8")],
@@ -180,6 +187,8 @@ fn requests() -> Vec<(&'static str, Request)> {
     let forms = vec![
         Request::Exec(bare),
         Request::Exec(full),
+        Request::Exec(shell),
+        Request::Exec(sftp),
         Request::Archive(ArchiveRequest {
             path: bytes("/etc"),
             follow: true,
@@ -244,6 +253,8 @@ fn requests() -> Vec<(&'static str, Request)> {
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
+        Request::Exec(exec) if exec.program == Some(Program::Shell) => "request.exec.shell",
+        Request::Exec(exec) if exec.program == Some(Program::Sftp) => "request.exec.sftp",
         Request::Exec(_) => "request.exec.bare",
         Request::Archive(archive) if archive.complete.is_some() => "request.archive.complete",
         Request::Archive(_) => "request.archive",
@@ -719,10 +730,8 @@ fn a_field_this_version_does_not_know_is_skipped() {
     skips_a_field_more(&Done { forced: false });
     for (_, request) in requests() {
         match request {
-            Request::Exec(exec) if exec.stdin => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.network.is_some() => {
-                skips_a_field_more(&birth);
-            }
+            Request::Exec(exec) if exec.program.is_some() => skips_a_field_more(&exec),
+            Request::Birth(birth) if birth.network.is_some() => skips_a_field_more(&birth),
             Request::Extract(extract) if extract.owner.is_some() => skips_a_field_more(&extract),
             _ => {}
         }

@@ -400,6 +400,7 @@ pub(crate) fn command(argv: &[&str]) -> ExecRequest {
         timeout_ms: None,
         terminal: None,
         stdin: false,
+        program: None,
     }
 }
 
