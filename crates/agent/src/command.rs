@@ -80,8 +80,9 @@ impl Command {
                 (Source::Shell, words)
             }
             Some(Program::Sftp) => {
-                let words = [c"smolvm-agent", sftp::WORD].map(CString::from);
-                (Source::Ourselves, words.to_vec())
+                let home = c_string("home", identity.home.as_bytes())?;
+                let words = vec![c"smolvm-agent".into(), sftp::WORD.into(), home];
+                (Source::Ourselves, words)
             }
         };
         let given = request

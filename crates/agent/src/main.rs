@@ -56,7 +56,7 @@ use rustix::process::{Resource, Rlimit};
 
 /// Runs the program; [`sys`] calls it from the C entry point.
 ///
-/// As process 1 it boots and never returns. Otherwise it understands two forms. `--sftp` serves file
+/// As process 1 it boots and never returns. Otherwise it understands two forms. `--sftp HOME` serves file
 /// transfers on standard input and output: the agent starts that in a process of its own, as the user
 /// whose files they are. `--serve-stdin [--cgroups DIRECTORY]`, which the tests of this crate use,
 /// serves the protocol on the socket that is its standard input, without mounting anything, and ends
@@ -74,7 +74,10 @@ fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         .as_ref()
         .is_some_and(|first| first == sftp::WORD.to_str().unwrap_or_default())
     {
-        return sftp::run();
+        return match arguments.next() {
+            Some(home) => sftp::run(home.into()),
+            None => usage(),
+        };
     }
     if first.is_none_or(|first| first != "--serve-stdin") {
         return usage();

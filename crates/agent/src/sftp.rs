@@ -60,9 +60,8 @@ const EXTENSIONS: [(&[u8], &[u8]); 8] = [
     (b"expand-path@openssh.com", b"1"),
 ];
 
-/// Serves on standard input and output until the client closes its end.
-pub(crate) fn run() -> ExitCode {
-    let home = std::env::var_os("HOME").map_or_else(|| "/".into(), PathBuf::from);
+/// Serves a user with this home on standard input and output until the client closes its end.
+pub(crate) fn run(home: PathBuf) -> ExitCode {
     let mut server = Server::new(home);
     match serve(
         &mut server,

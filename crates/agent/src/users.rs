@@ -70,17 +70,18 @@ pub(crate) fn look_up(wanted: &str) -> Result<Identity, Failure> {
     find(wanted, &text("/etc/passwd"), &text("/etc/group"))
 }
 
-/// Users and groups of the guest's files, each with its number and its name.
-pub(crate) fn names() -> (Vec<(u32, String)>, Vec<(u32, String)>) {
-    let (passwd, group) = (text("/etc/passwd"), text("/etc/group"));
-    (
-        users(&passwd)
-            .map(|user| (user.uid, user.name.to_owned()))
-            .collect(),
-        groups(&group)
-            .map(|group| (group.gid, group.name.to_owned()))
-            .collect(),
-    )
+/// Users of the guest's files, each with its number and its name.
+pub(crate) fn user_names() -> Vec<(u32, String)> {
+    users(&text("/etc/passwd"))
+        .map(|user| (user.uid, user.name.to_owned()))
+        .collect()
+}
+
+/// The same of groups.
+pub(crate) fn group_names() -> Vec<(u32, String)> {
+    groups(&text("/etc/group"))
+        .map(|group| (group.gid, group.name.to_owned()))
+        .collect()
 }
 
 /// A file's text; empty if there is none.

@@ -8,7 +8,7 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, network, pause, pool, port, prune, run, setup, shell, snapshot, start, stop,
+    list, logs, network, pause, pool, port, prune, run, setup, shell, snapshot, ssh, start, stop,
     template,
 };
 
@@ -83,6 +83,10 @@ pub(crate) enum Command {
     Exec(exec::Args),
     /// Open a login shell in a sandbox
     Shell(shell::Args),
+    /// Open a login shell in a sandbox by SSH, or run a command
+    Ssh(ssh::Args),
+    /// Print how OpenSSH's programs reach a sandbox
+    SshConfig(ssh::ConfigArgs),
     /// Copy files into or out of a sandbox
     Cp(cp::Args),
     /// List sandboxes
@@ -179,6 +183,10 @@ pub(crate) enum SandboxCommand {
     Exec(exec::Args),
     /// Open a login shell in a sandbox
     Shell(shell::Args),
+    /// Open a login shell in a sandbox by SSH, or run a command
+    Ssh(ssh::Args),
+    /// Print how OpenSSH's programs reach a sandbox
+    SshConfig(ssh::ConfigArgs),
     /// Show the console of a sandbox
     Logs(logs::Args),
     /// Make an image of a running sandbox

@@ -5,12 +5,14 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 61] = [
+const COMMANDS: [&str; 63] = [
     "",
     "run",
     "create",
     "exec",
     "shell",
+    "ssh",
+    "ssh-config",
     "cp",
     "ls",
     "info",

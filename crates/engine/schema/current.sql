@@ -34,7 +34,7 @@ CREATE TABLE sandboxes (
     vmm_pid INTEGER,
     vmm_start INTEGER
 , paused_ms INTEGER, pool_id TEXT, network TEXT NOT NULL DEFAULT 'off'
-    CHECK (network IN ('off', 'listed', 'open'))) STRICT;
+    CHECK (network IN ('off', 'listed', 'open')), authorized_keys TEXT) STRICT;
 
 CREATE TABLE sandbox_env (
     sandbox_id TEXT NOT NULL REFERENCES sandboxes (id) ON DELETE CASCADE,
@@ -97,7 +97,7 @@ CREATE TABLE snapshots (
     holder_pid INTEGER,
     holder_start INTEGER
 , network TEXT NOT NULL DEFAULT 'off'
-    CHECK (network IN ('off', 'listed', 'open')), nic INTEGER NOT NULL DEFAULT 0 CHECK (nic IN (0, 1))) STRICT;
+    CHECK (network IN ('off', 'listed', 'open')), nic INTEGER NOT NULL DEFAULT 0 CHECK (nic IN (0, 1)), authorized_keys TEXT) STRICT;
 
 CREATE TABLE snapshot_env (
     snapshot_id TEXT NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,

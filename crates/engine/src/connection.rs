@@ -59,10 +59,7 @@ impl Session {
             to,
             timeout_ms: None,
         });
-        Ok(Connection {
-            stream: self.client.open(&request)?,
-            name: self.name().to_owned(),
-        })
+        Ok(Connection::of(self.name(), self.client.open(&request)?))
     }
 
     /// Opens a socket for datagrams in the guest.
@@ -76,6 +73,13 @@ impl Session {
 }
 
 impl Connection {
+    pub(crate) fn of(name: &str, stream: Stream) -> Self {
+        Self {
+            stream,
+            name: name.to_owned(),
+        }
+    }
+
     /// The sending half, which other tasks may use.
     #[must_use]
     pub fn input(&self) -> ConnectionInput {

@@ -31,6 +31,7 @@ use crate::ports::{self, PublishedPort};
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
+use crate::ssh;
 use crate::store::{OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
@@ -100,6 +101,8 @@ pub struct SandboxInfo {
     pub keeper_pid: Option<u32>,
     /// Its VMM, while it runs.
     pub vmm_pid: Option<u32>,
+    /// Port on the host's loopback address on which it is reached by SSH.
+    pub ssh_port: Option<u16>,
     /// Bytes its own writable layer takes on the host's disk.
     pub disk_used_bytes: Option<u64>,
     /// Ports of the host that lead to it, while it runs, by number.
@@ -366,6 +369,7 @@ impl Engine {
             stopped_at: row.stopped_at,
             keeper_pid: pid(row.holder),
             vmm_pid: pid(row.vmm),
+            ssh_port: row.ssh_port,
             disk_used_bytes,
             ports: row.spec.ports,
         }
@@ -527,6 +531,10 @@ impl Engine {
         kernel: String,
         pool: Option<String>,
     ) -> Result<SandboxRow> {
+        if spec.ssh.is_some() {
+            // There for any client from the first moment.
+            ssh::user_key(self.os(), self.layout())?;
+        }
         let id = format!("{:016x}", random_u64()?);
         let mut spec = spec.clone();
         if !spec.ports.is_empty() {
@@ -557,6 +565,7 @@ impl Engine {
             holder: short_lived.then(myself).transpose()?,
             vmm: None,
             pool,
+            ssh_port: None,
         };
         if let Some(older) = store.sandbox_named(row.spec.name.as_str())? {
             // What a crash left must not keep its name.
@@ -564,6 +573,10 @@ impl Engine {
         }
         store.insert_sandbox(&row)?;
         drop(held);
+        let row = SandboxRow {
+            ssh_port: self.give_ssh_port(store, &row)?,
+            ..row
+        };
         // Whoever removes an image looks for rows first: either that one saw this row, or it is seen
         // here that the image is gone.
         if !store.is_kept_besides(&row.image_digest, &row.id)? {
@@ -739,6 +752,7 @@ impl Engine {
             Layer::Memory => true,
         };
         plan.park.clone_from(&beginning.park);
+        plan.ssh_ports = self.config().settings.ssh.ports;
         let mut source = None;
         if let Some(snapshot) = beginning.snapshot {
             snapshot.check(&facts)?;

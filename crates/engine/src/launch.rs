@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 use smolvm_host::ProcessIdentity;
+use smolvm_host::net::alloc::PortRange;
 use smolvm_host::os::Lock;
 use smolvm_vmm::VmPlan;
 
@@ -51,6 +52,9 @@ pub struct Launch {
     pub park: Option<Vec<WarmCommand>>,
     /// Ports of the host that lead to it.
     pub ports: Vec<PublishedPort>,
+    /// Ports of the host of which it is given one to be reached by SSH, if it has none yet.
+    #[serde(with = "crate::settings::as_text")]
+    pub ssh_ports: PortRange,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.

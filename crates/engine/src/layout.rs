@@ -9,9 +9,11 @@
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
 //! pools/                           <id>.json, <id>.lock, <id>.log
+//! ssh/                             id_ed25519, id_ed25519.pub, lock
 //! cache/ext4-<size MiB>.img        empty writable layers to copy
 //! sandboxes/<id>/                  lock, launch.json, keeper.sock, disk.ext4, console.log, keeper.log,
 //!                                  denied.json
+//!                                  host_key and known_hosts (made on first use)
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -75,6 +77,12 @@ impl Layout {
     #[must_use]
     pub fn pools(&self) -> PathBuf {
         self.root.join("pools")
+    }
+
+    /// Keys of whoever owns the directory.
+    #[must_use]
+    pub fn ssh(&self) -> PathBuf {
+        self.root.join("ssh")
     }
 
     /// Files that can be made again.
@@ -151,6 +159,18 @@ impl SandboxDir {
     #[must_use]
     pub fn denied(&self) -> PathBuf {
         self.path.join("denied.json")
+    }
+
+    /// The key by which SSH clients know the sandbox.
+    #[must_use]
+    pub fn host_key(&self) -> PathBuf {
+        self.path.join("host_key")
+    }
+
+    /// Its public half, as SSH clients read it.
+    #[must_use]
+    pub fn known_hosts(&self) -> PathBuf {
+        self.path.join("known_hosts")
     }
 
     /// What the keeper had to say.

@@ -42,6 +42,7 @@ mod images;
 mod kernels;
 pub mod launch;
 pub mod layout;
+mod listener;
 mod names;
 pub mod network;
 mod plan;
@@ -51,6 +52,7 @@ mod session;
 mod settings;
 mod snapshots;
 mod spec;
+pub mod ssh;
 pub mod store;
 pub mod teardown;
 mod templates;
@@ -67,6 +69,7 @@ pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};
 pub use kernels::{BuiltKernel, KernelInfo};
+pub use listener::GuestListener;
 pub use network::{
     ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
 };
@@ -82,5 +85,6 @@ pub use spec::{
     KernelChoice, MEMORY_MIB_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_CHARS_MAX, SandboxName,
     SandboxSpec, check_env,
 };
+pub use ssh::{SshAccess, SshSpec};
 pub use store::State;
 pub use templates::{BuiltTemplate, TemplateInfo, TemplateShape};

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use smolvm_host::ProcessIdentity;
+use smolvm_host::net::alloc::PortRange;
 use smolvm_vmm::{Accel, Devices, DiskPlan, Memory, NicPlan, VmPlan};
 
 use crate::launch::Launch;
@@ -110,6 +111,7 @@ pub(crate) fn plan(
         restore: None,
         park: None,
         ports: row.spec.ports.clone(),
+        ssh_ports: PortRange::default(),
         snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }

@@ -188,6 +188,9 @@ impl Engine {
         // Not all from the same end, so that claims at one moment rarely meet.
         let first = usize::try_from(random_u64()?).unwrap_or(0) % members.len().max(1);
         members.rotate_left(first);
+        if spec.ssh.is_some() && !members.is_empty() {
+            crate::ssh::user_key(self.os(), self.layout())?;
+        }
         let request = KeeperRequest::Claim(claim_request(spec)?);
         for member in members {
             // Its keeper may have ended, or somebody else may have been faster: the next one, then.
@@ -526,6 +529,7 @@ fn claim_request(spec: &SandboxSpec) -> Result<ClaimRequest> {
             .network
             .needs_device()
             .then(|| spec.network.to_message()),
+        ssh_keys: spec.ssh.as_ref().map(|ssh| ssh.keys().to_vec()),
         starter: starter.map(|starter| Starter {
             pid: starter.pid,
             start_time_ticks: starter.start_time_ticks,

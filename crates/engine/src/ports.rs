@@ -270,6 +270,18 @@ pub fn bind(os: &Os, published: &PublishedPort) -> Result<Bound> {
     })
 }
 
+/// Listens at a place of the host at which nothing is published.
+///
+/// # Errors
+///
+/// As [`bind`].
+pub fn listen(os: &Os, host: &HostPort) -> Result<OwnedFd> {
+    let bound = os.effect("take a port of the host", Path::new("/"), || Ok(take(host)))?;
+    bound
+        .map(|(socket, _)| socket)
+        .map_err(|errno| refused(host, errno))
+}
+
 fn take(host: &HostPort) -> rustix::io::Result<(OwnedFd, u16)> {
     let (family, kind) = (
         match host.address {

@@ -382,6 +382,7 @@ impl Engine {
             workdir: row.workdir.clone(),
             user: row.user.clone(),
             network: row.network.clone(),
+            ssh: row.ssh.clone(),
             ..SandboxSpec::new(name.clone())
         };
         self.insert(
@@ -438,6 +439,7 @@ impl Engine {
             user: sandbox.spec.user.clone(),
             network: sandbox.spec.network.clone(),
             nic: store.network(&sandbox.id)?.is_some(),
+            ssh: sandbox.spec.ssh.clone(),
             created_at: Timestamp::now(),
             holder: Some(myself()?),
         };

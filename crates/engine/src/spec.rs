@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, Result};
 use crate::network::NetworkSpec;
 use crate::ports::{self, PublishedPort};
+use crate::ssh::SshSpec;
 
 /// The image used when none is named.
 pub const DEFAULT_IMAGE: &str = "debian-12";
@@ -181,6 +182,8 @@ pub struct SandboxSpec {
     pub ports: Vec<PublishedPort>,
     /// What it may reach.
     pub network: NetworkSpec,
+    /// Who may come in by SSH; absent, it is not reached that way.
+    pub ssh: Option<SshSpec>,
 }
 
 impl SandboxSpec {
@@ -202,6 +205,7 @@ impl SandboxSpec {
             kernel: KernelChoice::Auto,
             ports: Vec::new(),
             network: NetworkSpec::off(),
+            ssh: None,
         }
     }
 

@@ -676,6 +676,7 @@ fn row_of(spec: &SandboxSpec, image_digest: String, kernel: String) -> SandboxRo
         stopped_at: None,
         holder: None,
         vmm: None,
+        ssh_port: None,
         pool: None,
     }
 }

@@ -43,8 +43,9 @@ use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
 use crate::net::Network;
-use crate::ports::Ports;
+use crate::ports::{Line, Ports};
 use crate::routes::{ClientId, FromGuest, Routes};
+use crate::ssh;
 use crate::template::Started;
 
 /// The keeper's own streams to the guest; those of clients come after them.
@@ -173,6 +174,8 @@ pub(crate) struct Driver {
     next_client: ClientId,
     routes: Routes,
     early: Vec<(ClientId, Frame)>,
+    /// Where SSH clients come in, once the guest serves.
+    ssh: Option<ssh::Listener>,
     /// Streams that wait for the guest, for the end of a stop, and for the removal.
     pub(crate) waiting_ready: Vec<Waiter>,
     pub(crate) waiting_resume: Vec<Waiter>,
@@ -268,6 +271,7 @@ pub(crate) async fn run(
         next_client: 0,
         routes: Routes::new(FIRST_CLIENT_STREAM),
         early: Vec::new(),
+        ssh: None,
         waiting_ready: Vec::new(),
         waiting_resume: Vec::new(),
         waiting_stop: Vec::new(),
@@ -317,6 +321,14 @@ impl Driver {
                     match accepted.and_then(|(socket, _)| socket.into_std()) {
                         Ok(socket) => self.welcome(socket),
                         Err(error) => tracing::warn!(%error, "could not accept a client"),
+                    }
+                    None
+                }
+                accepted = ssh::accept(self.ssh.as_ref()) => {
+                    match (accepted, &mut self.ssh) {
+                        (Ok((socket, _)), Some(listener)) => listener.welcome(socket),
+                        (Err(error), _) => tracing::warn!(%error, "could not accept an SSH client"),
+                        (Ok(_), None) => {}
                     }
                     None
                 }
@@ -526,6 +538,13 @@ impl Driver {
             };
             self.warm_on();
             return None;
+        }
+        // Before anybody hears that it serves, so that it can be entered at once.
+        let line = Line::new(&self.launch.name, self.inbox.clone());
+        match ssh::listen(&self.layout, &mut self.store, &self.launch, line) {
+            Ok(listener) => self.ssh = listener,
+            // The sandbox is of use without it.
+            Err(error) => tracing::error!("SSH is not served: {}", error.chain()),
         }
         let ready = self.ready();
         self.phase = Phase::Serving(ready.clone());

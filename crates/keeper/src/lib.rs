@@ -14,6 +14,7 @@ mod member;
 mod net;
 mod ports;
 mod routes;
+mod ssh;
 mod still;
 mod template;
 

@@ -7,9 +7,9 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use smolvm_engine::NetworkSpec;
 use smolvm_engine::ports;
 use smolvm_engine::store::Identity;
+use smolvm_engine::{NetworkSpec, SshSpec};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperFailure, KeeperReason};
@@ -188,5 +188,10 @@ fn identity(claim: &ClaimRequest) -> smolvm_engine::Result<Identity> {
             Some(policy) => NetworkSpec::from_message(policy)?,
             None => NetworkSpec::off(),
         },
+        ssh: claim
+            .ssh_keys
+            .as_ref()
+            .map(|keys| SshSpec::new(keys.iter().map(String::as_str)))
+            .transpose()?,
     })
 }

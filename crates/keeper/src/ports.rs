@@ -81,13 +81,7 @@ impl Serving {
 impl Ports {
     pub(crate) fn new(name: &str, inbox: mpsc::Sender<Input>, held: Vec<Bound>) -> Self {
         Self {
-            line: Line {
-                shared: Arc::new(LineShared {
-                    name: name.to_owned(),
-                    inbox,
-                    session: tokio::sync::Mutex::new(None),
-                }),
-            },
+            line: Line::new(name, inbox),
             held,
             serving: HashMap::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -169,6 +163,21 @@ struct LineShared {
 }
 
 impl Line {
+    pub(crate) fn new(name: &str, inbox: mpsc::Sender<Input>) -> Self {
+        Self {
+            shared: Arc::new(LineShared {
+                name: name.to_owned(),
+                inbox,
+                session: tokio::sync::Mutex::new(None),
+            }),
+        }
+    }
+
+    /// Another way beside this one, for whoever is not to share it.
+    pub(crate) fn another(&self) -> Self {
+        Self::new(&self.shared.name, self.shared.inbox.clone())
+    }
+
     /// The connection that all share.
     pub(crate) async fn session(&self) -> smolvm_engine::Result<Session> {
         let mut session = self.shared.session.lock().await;

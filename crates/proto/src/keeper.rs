@@ -7,6 +7,10 @@ use crate::message::EnvVar;
 
 /// Asked by a client; opens a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a request is made, written and forgotten; there are never many"
+)]
 pub enum KeeperRequest {
     /// Answered when the guest is ready ([`KeeperEvent::Ready`]) or will never be
     /// ([`KeeperEvent::Failed`]).
@@ -126,6 +130,9 @@ pub struct ClaimRequest {
     /// What it may reach, if it has a network device.
     #[n(8)]
     pub network: Option<NetworkPolicy>,
+    /// Public SSH keys that let somebody in beside the owner's; absent, it is not reached by SSH.
+    #[n(9)]
+    pub ssh_keys: Option<Vec<String>>,
 }
 
 /// A process of the host, told from a later one of the same number.

@@ -436,6 +436,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Unpublish(_) => "keeper-request.unpublish",
         KeeperRequest::Claim(claim) if claim.ports.is_some() => "keeper-request.claim.ports",
         KeeperRequest::Claim(claim) if claim.network.is_some() => "keeper-request.claim.network",
+        KeeperRequest::Claim(claim) if claim.ssh_keys.is_some() => "keeper-request.claim.ssh",
         KeeperRequest::Claim(claim) if claim.ephemeral => "keeper-request.claim.full",
         KeeperRequest::Claim(_) => "keeper-request.claim.bare",
         KeeperRequest::SetNetwork(_) => "keeper-request.set-network",
@@ -455,6 +456,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         starter: None,
         ports: None,
         network: None,
+        ssh_keys: None,
     };
     [
         KeeperRequest::WaitReady,
@@ -488,6 +490,10 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         }),
         KeeperRequest::Claim(ClaimRequest {
             ports: Some(vec![mapping()]),
+            ..claim.clone()
+        }),
+        KeeperRequest::Claim(ClaimRequest {
+            ssh_keys: Some(vec!["key".to_owned()]),
             ..claim
         }),
         KeeperRequest::Publish(mapping()),

@@ -23,10 +23,9 @@ pub(super) struct Names {
 impl Names {
     /// Reads the guest's files.
     pub(super) fn read() -> Self {
-        let (users, groups) = users::names();
         Self {
-            users: users.into_iter().collect(),
-            groups: groups.into_iter().collect(),
+            users: users::user_names().into_iter().collect(),
+            groups: users::group_names().into_iter().collect(),
         }
     }
 }

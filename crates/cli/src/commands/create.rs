@@ -1,8 +1,10 @@
 //! `smolvm create`: a sandbox that stays.
 
+use std::path::PathBuf;
+
 use serde_json::json;
 
-use super::machine::Machine;
+use super::machine::{self, Machine};
 use super::{Context, Outcome, block_on, port};
 use crate::prepare;
 use crate::report::CliError;
@@ -19,6 +21,12 @@ pub(crate) struct Args {
     /// Create it only; `smolvm start` starts it
     #[arg(long)]
     no_start: bool,
+    /// Do not let it be reached by SSH
+    #[arg(long, conflicts_with = "ssh_key", help_heading = "Sandbox")]
+    no_ssh: bool,
+    /// File of a public key that opens it by SSH, beside yours; can be repeated
+    #[arg(long, value_name = "FILE", help_heading = "Sandbox")]
+    ssh_key: Vec<PathBuf>,
     #[command(flatten)]
     machine: Machine,
 }
@@ -27,6 +35,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(args.machine.boot_timeout)?;
     let mut spec = args.machine.spec(cx, &engine)?;
+    if !args.no_ssh {
+        spec.ssh = Some(machine::ssh(&args.ssh_key)?);
+    }
     let (info, warnings) = block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(
@@ -72,7 +83,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         },
         "next": {
             "shell_command": format!("smolvm shell {name}"),
-            "ssh_command": null,
+            "ssh_command": info.ssh_port.map(|_| format!("smolvm ssh {name}")),
             "desktop_command": null,
             "info_command": format!("smolvm info {name}"),
         },

@@ -2,6 +2,7 @@
 
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
+use smolvm_engine::ssh::SSH_ADDRESS;
 use smolvm_engine::{Engine, GuestFacts, SandboxInfo, State};
 
 use super::{Context, Outcome, block_on, network, port};
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "backend": info.engine,
             "accel": info.accel,
             "ip_address": info.address,
-            "ssh_port": null,
+            "ssh_port": info.ssh_port,
             "pid": info.vmm_pid,
             "keeper_pid": info.keeper_pid,
             "vcpus": info.cpus,
@@ -153,6 +154,11 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
             Some(address) => format!("{}, {address}", info.network),
             None => info.network.to_string(),
         }),
+    );
+    row(
+        "SSH",
+        info.ssh_port
+            .map(|port| format!("{SSH_ADDRESS} port {port}")),
     );
     row("Time to live", info.ttl.map(units::show_duration));
     row("Created", Some(info.created_at.to_string()));

@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
                 "status": sandbox.state.as_str(),
                 "pid": sandbox.vmm_pid,
                 "ip_address": null,
-                "ssh_port": null,
+                "ssh_port": sandbox.ssh_port,
                 "ports": port::describe_all(&sandbox.ports),
                 "image": sandbox.image,
                 "vcpus": sandbox.cpus,

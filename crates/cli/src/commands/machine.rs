@@ -6,7 +6,7 @@ use std::time::Duration;
 use smolvm_engine::{
     Allowed, CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind,
     KernelChoice, MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, Reach, SandboxInfo, SandboxSpec,
-    Session,
+    Session, SshSpec,
 };
 
 use super::Context;
@@ -266,6 +266,21 @@ impl Machine {
     fn renames(&self, error: &smolvm_engine::Error) -> bool {
         self.name.is_none() && error.kind() == ErrorKind::AlreadyExists
     }
+}
+
+/// Who may come in by SSH, with the keys in these files.
+///
+/// # Errors
+///
+/// A failed read; a file without a key that is accepted.
+pub(crate) fn ssh(files: &[PathBuf]) -> Result<SshSpec, CliError> {
+    let mut texts = Vec::new();
+    for path in files {
+        texts.push(std::fs::read_to_string(path).map_err(|error| {
+            CliError::io(format!("reading the SSH key {}", path.display()), error)
+        })?);
+    }
+    Ok(SshSpec::new(texts.iter().map(String::as_str))?)
 }
 
 /// The kernel that is meant by its name or its file. A file of such a name is meant by `./small`.

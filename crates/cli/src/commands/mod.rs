@@ -29,6 +29,7 @@ pub(crate) mod run;
 pub(crate) mod setup;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
+pub(crate) mod ssh;
 pub(crate) mod start;
 pub(crate) mod stop;
 pub(crate) mod template;
@@ -168,6 +169,8 @@ fn verb(command: Command) -> (&'static str, Verb) {
         Command::Create(args) => sandbox(SandboxCommand::Create(args)),
         Command::Exec(args) => sandbox(SandboxCommand::Exec(args)),
         Command::Shell(args) => sandbox(SandboxCommand::Shell(args)),
+        Command::Ssh(args) => sandbox(SandboxCommand::Ssh(args)),
+        Command::SshConfig(args) => sandbox(SandboxCommand::SshConfig(args)),
         Command::Ls(args) => sandbox(SandboxCommand::List(args)),
         Command::Info(args) => sandbox(SandboxCommand::Info(args)),
         Command::Logs(args) => sandbox(SandboxCommand::Logs(args)),
@@ -245,6 +248,10 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
         SandboxCommand::Delete(args) => verb!("sandbox.delete", delete::run, args),
         SandboxCommand::Exec(args) => verb!("sandbox.exec", exec::run, args),
         SandboxCommand::Shell(args) => verb!("sandbox.shell", shell::run, args),
+        SandboxCommand::Ssh(args) => verb!("sandbox.ssh", ssh::run, args),
+        SandboxCommand::SshConfig(args) => {
+            verb!("sandbox.ssh-config", ssh::config, args)
+        }
         SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
         SandboxCommand::Commit(args) => verb!("sandbox.commit", commit::run, args),
         SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
@@ -304,8 +311,8 @@ pub(crate) fn named<'a>(cli: &clap::Command, words: impl Iterator<Item = &'a OsS
         ["ls"] => "sandbox.list".to_owned(),
         ["rm"] => "sandbox.delete".to_owned(),
         [
-            name @ ("create" | "exec" | "shell" | "info" | "logs" | "start" | "stop" | "pause"
-            | "resume" | "fork" | "commit" | "prune"),
+            name @ ("create" | "exec" | "shell" | "ssh" | "ssh-config" | "info" | "logs" | "start"
+            | "stop" | "pause" | "resume" | "fork" | "commit" | "prune"),
         ] => {
             format!("sandbox.{name}")
         }

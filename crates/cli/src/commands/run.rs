@@ -1,12 +1,13 @@
 //! `smolvm run`: a command in a sandbox of its own, which is gone afterwards, whatever happens.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use serde_json::json;
 use smolvm_engine::{Engine, ExecSpec, Session};
 
 use super::join::{self, Join};
-use super::machine::Machine;
+use super::machine::{self, Machine};
 use super::{Context, Outcome, block_on, port};
 use crate::attach::{self, Ended};
 use crate::output;
@@ -33,6 +34,12 @@ pub(crate) struct Args {
     /// Do not delete the sandbox afterwards; prints its name on standard error
     #[arg(long, help_heading = "Command")]
     keep: bool,
+    /// Let it be reached by SSH while it runs
+    #[arg(long, help_heading = "Sandbox")]
+    ssh: bool,
+    /// File of a public key that opens it by SSH, beside yours; can be repeated
+    #[arg(long, value_name = "FILE", requires = "ssh", help_heading = "Sandbox")]
+    ssh_key: Vec<PathBuf>,
     #[command(flatten)]
     machine: Machine,
 }
@@ -43,6 +50,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let mut command = args.join.spec(cx, &args.command)?;
     let mut spec = args.machine.spec(cx, &engine)?;
     spec.ephemeral = !args.keep;
+    if args.ssh {
+        spec.ssh = Some(machine::ssh(&args.ssh_key)?);
+    }
     join::add_term(cx, &mut command, &spec.env);
     block_on(async {
         let mut signals = Signals::install()?;

@@ -11,6 +11,7 @@ pub(crate) mod pools;
 mod ports;
 pub(crate) mod rows;
 pub(crate) mod snapshots;
+mod ssh;
 
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -33,6 +34,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0002_snapshots_and_pools.sql"),
     include_str!("../../schema/0003_ports.sql"),
     include_str!("../../schema/0004_network.sql"),
+    include_str!("../../schema/0006_ssh.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

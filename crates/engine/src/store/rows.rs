@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::network::{NetworkSpec, Reach};
 use crate::ports::PublishedPort;
 use crate::spec::{DiskMode, SandboxName, SandboxSpec};
+use crate::ssh::SshSpec;
 
 /// Where a sandbox is in its life.
 ///
@@ -129,6 +130,9 @@ pub struct SandboxRow {
     pub vmm: Option<ProcessIdentity>,
     /// The pool it is a member of, until it is claimed.
     pub pool: Option<String>,
+    /// The port of the host on which it is reached by SSH, once it has one: see
+    /// [`Store::allocate_ssh_port`].
+    pub ssh_port: Option<u16>,
 }
 
 /// What a sandbox that was made ahead becomes when it is claimed.
@@ -150,6 +154,8 @@ pub struct Identity {
     pub ports: Vec<PublishedPort>,
     /// What it may reach.
     pub network: NetworkSpec,
+    /// Who may come in by SSH, if anybody may.
+    pub ssh: Option<SshSpec>,
 }
 
 /// An image's row.
@@ -169,7 +175,8 @@ pub struct ImageRow {
 
 const SANDBOX_COLUMNS: &str = "id, name, state, reason, image, image_digest, kernel, cpus, memory_mib, \
      disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, engine, accel, created_ms, started_ms, \
-     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start, paused_ms, pool_id, network";
+     stopped_ms, boot_id, holder_pid, holder_start, vmm_pid, vmm_start, paused_ms, pool_id, network, \
+     authorized_keys";
 
 impl Store {
     /// Writes a new sandbox in state `created`.
@@ -187,9 +194,9 @@ impl Store {
             .prepare_cached(
                 "INSERT INTO sandboxes (id, name, state, image, image_digest, kernel, cpus, memory_mib, \
                  disk_mib, disk_mode, workdir, user, ttl_ms, ephemeral, created_ms, boot_id, holder_pid, \
-                 holder_start, pool_id, network) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
+                 holder_start, pool_id, network, authorized_keys) VALUES (:id, :name, :state, :image, :image_digest, :kernel, :cpus, \
                  :memory_mib, :disk_mib, :disk_mode, :workdir, :user, :ttl_ms, :ephemeral, :created_ms, \
-                 :boot_id, :holder_pid, :holder_start, :pool_id, :network)",
+                 :boot_id, :holder_pid, :holder_start, :pool_id, :network, :authorized_keys)",
             )
             .and_then(|mut statement| {
                 statement.execute(named_params! {
@@ -213,6 +220,7 @@ impl Store {
                     ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
                     ":pool_id": row.pool,
                     ":network": row.spec.network.reach.as_str(),
+                    ":authorized_keys": row.spec.ssh.as_ref().map(SshSpec::stored),
                 })
             })
             .map_err(|error| match error.sqlite_error_code() {
@@ -254,7 +262,8 @@ impl Store {
             .prepare_cached(
                 "UPDATE sandboxes SET name = :name, state = 'starting', workdir = :workdir, \
                  user = :user, ttl_ms = :ttl_ms, ephemeral = :ephemeral, network = :network, created_ms = :now, \
-                 started_ms = :now, paused_ms = NULL, pool_id = NULL \
+                 started_ms = :now, paused_ms = NULL, pool_id = NULL, \
+                 authorized_keys = :authorized_keys \
                  WHERE id = :id AND state = 'running' AND pool_id IS NOT NULL",
             )
             .and_then(|mut statement| {
@@ -266,6 +275,7 @@ impl Store {
                     ":ttl_ms": new.ttl.map(millis),
                     ":ephemeral": new.ephemeral,
                     ":network": new.network.reach.as_str(),
+                    ":authorized_keys": new.ssh.as_ref().map(SshSpec::stored),
                     ":now": now.as_millisecond(),
                 })
             })
@@ -513,6 +523,9 @@ impl Store {
                 .map_err(|error| sql(doing, error))?;
             row.spec.ports =
                 published(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
+            if row.spec.ssh.is_some() {
+                row.ssh_port = self.ssh_port(&row.id)?.map(|host| host.port);
+            }
         }
         Ok(rows)
     }
@@ -611,6 +624,9 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
             reach: reach(row, 27)?,
             allowed: Vec::new(),
         },
+        ssh: row
+            .get::<_, Option<String>>(28)?
+            .map(|keys| SshSpec::from_stored(&keys)),
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {
@@ -655,6 +671,7 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
         holder,
         vmm,
         pool: row.get(26)?,
+        ssh_port: None,
     })
 }
 
@@ -745,6 +762,7 @@ pub(crate) mod tests {
             holder: None,
             vmm: None,
             pool: None,
+            ssh_port: None,
         }
     }
 
@@ -903,6 +921,7 @@ pub(crate) mod tests {
             ephemeral: true,
             ports: vec!["8080:80".parse().expect("a port")],
             network: NetworkSpec::listed(vec!["example.com".parse().expect("a name")]),
+            ssh: None,
         };
         let mut member = row("member");
         member.pool = Some("p".to_owned());

@@ -12,6 +12,7 @@ use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
 use crate::network::NetworkSpec;
 use crate::spec::DiskMode;
+use crate::ssh::SshSpec;
 
 /// Where a snapshot is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -75,13 +76,15 @@ pub struct SnapshotRow {
     pub nic: bool,
     /// When it was taken.
     pub created_at: Timestamp,
+    /// Who may come in by SSH, if anybody may.
+    pub ssh: Option<SshSpec>,
     /// The process that makes or removes it.
     pub holder: Option<ProcessIdentity>,
 }
 
 const COLUMNS: &str = "id, name, state, sandbox, image, image_digest, kernel, cpus, memory_mib, disk_mib, \
                        disk_mode, workdir, user, created_ms, boot_id, holder_pid, holder_start, \
-                       network, nic";
+                       network, nic, authorized_keys";
 
 impl Store {
     /// Writes a new snapshot.
@@ -99,7 +102,7 @@ impl Store {
             .prepare_cached(&format!(
                 "INSERT INTO snapshots ({COLUMNS}) VALUES (:id, :name, :state, :sandbox, :image, \
                  :image_digest, :kernel, :cpus, :memory_mib, :disk_mib, :disk_mode, :workdir, :user, \
-                 :created_ms, :boot_id, :holder_pid, :holder_start, :network, :nic)"
+                 :created_ms, :boot_id, :holder_pid, :holder_start, :network, :nic, :authorized_keys)"
             ))
             .and_then(|mut statement| {
                 statement.execute(named_params! {
@@ -122,6 +125,7 @@ impl Store {
                     ":holder_start": row.holder.as_ref().map(|holder| to_sql(holder.start_time_ticks)),
                     ":network": row.network.reach.as_str(),
                     ":nic": row.nic,
+                    ":authorized_keys": row.ssh.as_ref().map(SshSpec::stored),
                 })
             })
             .map_err(|error| match error.sqlite_error_code() {
@@ -261,6 +265,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
         },
         nic: row.get(18)?,
         created_at: instant(row, 13)?,
+        ssh: row
+            .get::<_, Option<String>>(19)?
+            .map(|keys| SshSpec::from_stored(&keys)),
         holder: boot_id
             .zip(process)
             .map(|(boot_id, (pid, start))| ProcessIdentity {
@@ -297,6 +304,7 @@ mod tests {
             network: NetworkSpec::listed(vec!["example.com".parse().expect("a name")]),
             nic: true,
             created_at: now(),
+            ssh: Some(SshSpec::default()),
             holder: Some(process(4)),
         };
         store.insert_snapshot(&row).expect("written");

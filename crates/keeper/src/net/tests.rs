@@ -156,6 +156,7 @@ fn start(home: &Home) -> Launch {
             holder: None,
             vmm: None,
             pool: None,
+            ssh_port: None,
         })
         .expect("a row");
     let gone = ProcessIdentity {
@@ -191,6 +192,7 @@ fn start(home: &Home) -> Launch {
         },
         network: Some(network),
         ports: Vec::new(),
+        ssh_ports: smolvm_engine::SshSettings::default().ports,
         env: Vec::new(),
         workdir: None,
         user: None,

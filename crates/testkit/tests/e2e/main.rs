@@ -15,6 +15,7 @@ mod ports;
 mod run;
 mod signals;
 mod small;
+mod ssh;
 mod stream;
 mod templates;
 mod trouble;
