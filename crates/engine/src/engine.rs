@@ -101,7 +101,9 @@ pub struct SandboxInfo {
     pub keeper_pid: Option<u32>,
     /// Its VMM, while it runs.
     pub vmm_pid: Option<u32>,
-    /// Port on the host's loopback address on which it is reached by SSH.
+    /// Whether it is to be reached by SSH.
+    pub ssh: bool,
+    /// Port on the host's loopback address on which it is.
     pub ssh_port: Option<u16>,
     /// Bytes its own writable layer takes on the host's disk.
     pub disk_used_bytes: Option<u64>,
@@ -369,6 +371,7 @@ impl Engine {
             stopped_at: row.stopped_at,
             keeper_pid: pid(row.holder),
             vmm_pid: pid(row.vmm),
+            ssh: row.spec.ssh.is_some(),
             ssh_port: row.ssh_port,
             disk_used_bytes,
             ports: row.spec.ports,

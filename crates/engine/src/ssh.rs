@@ -193,6 +193,13 @@ impl Engine {
     pub fn ssh(&self, name: &str) -> Result<SshAccess> {
         let info = self.info(name)?;
         let Some(port) = info.ssh_port else {
+            if info.ssh {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("sandbox `{name}` found no free port for SSH when it started"),
+                )
+                .hint("remove sandboxes with `smolvm rm`, or set a larger `ports` under `[ssh]` in config.toml in the data directory; then stop and start it"));
+            }
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("sandbox `{name}` is not reached by SSH"),

@@ -327,6 +327,17 @@ fn keys_open_and_each_sandbox_is_known_by_its_own() {
     // Stopping cuts it; the key and the port stay.
     let info = home.info("box");
     let port = info.json["ssh_port"].as_u64().expect("a port");
+    // Those who have shown no key yet are few at a time; who is inside is not counted.
+    let door = u16::try_from(port).expect("a port");
+    let knock = || {
+        let mut socket = TcpStream::connect(("127.0.0.1", door)).expect("a connection");
+        matches!(socket.read(&mut [0; 4]), Ok(1..)).then_some(socket)
+    };
+    let crowd: Vec<_> = (0..200).map_while(|_| knock()).collect();
+    assert_eq!(crowd.len(), 16);
+    drop(crowd);
+    assert!((0..100_000).any(|_| knock().is_some()), "it stays shut");
+
     home.smolvm(["stop", "box"]).run().ok();
     assert_ne!(first.wait().code, Some(0), "it was cut");
     home.smolvm(["ssh", "box", "--", "true"])
