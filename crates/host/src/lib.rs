@@ -1,7 +1,7 @@
 //! The Linux host, one effect per function.
 //!
 //! Files and locks ([`os`]), processes ([`process`]), disk images ([`disk`]), root file systems
-//! ([`image`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]), the
+//! ([`image`]), OCI images ([`oci`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]), the
 //! network ([`net`]) and the programs all this needs ([`packages`]).
 //!
 //! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
@@ -21,6 +21,7 @@ pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod net;
+pub mod oci;
 pub mod os;
 pub mod packages;
 pub mod process;

@@ -1,7 +1,7 @@
 //! Reading a tar stream: ustar, with the extensions of GNU and of pax(1).
 //!
-//! Holes of sparse files are understood in the old GNU format, the one in which the map is part of the
-//! header.
+//! Holes of sparse files are understood in the old GNU format, in which the map is part of the header,
+//! and in the three that use pax records ("Storing Sparse Files" in the manual of GNU tar).
 //!
 //! The tar crate reads single headers here, but not the stream: it splits pax records at newlines,
 //! which the binary value of an extended attribute may contain, and then loses the rest of them.
@@ -69,9 +69,13 @@ pub(super) struct Reader<R> {
     left: u64,
     /// Padding after that data.
     padding: u64,
+    /// Bytes of a sparse file's map that were read as data.
+    map_bytes: u64,
     global: Vec<(Vec<u8>, Vec<u8>)>,
     /// Set while the last entry is a sparse file.
     holes: Option<Holes>,
+    /// Whether the stream may end without the archive's end mark, where an entry would begin.
+    may_just_end: bool,
 }
 
 /// Where in a sparse file the data belongs that follows in the stream.
@@ -101,8 +105,19 @@ impl<R: Read> Reader<R> {
             inner,
             left: 0,
             padding: 0,
+            map_bytes: 0,
             global: Vec::new(),
             holes: None,
+            may_just_end: false,
+        }
+    }
+
+    /// Reads a layer of an OCI image: some programs leave the end mark out, and a digest tells
+    /// whether the stream is whole.
+    pub(super) fn of_layer(inner: R) -> Self {
+        Self {
+            may_just_end: true,
+            ..Self::new(inner)
         }
     }
 
@@ -123,19 +138,12 @@ impl<R: Read> Reader<R> {
     fn read_holes(&mut self, header: &Header) -> io::Result<Holes> {
         let bad = || corrupt("the map of a sparse file makes no sense");
         let gnu = header.as_gnu().ok_or_else(bad)?;
-        let size = field(gnu.real_size())?;
         let mut parts = Vec::new();
         let mut add = |slots: &[tar::GnuSparseHeader]| {
             for slot in slots.iter().filter(|slot| !slot.is_empty()) {
-                let (begin, length) = (field(slot.offset())?, field(slot.length())?);
-                let end = begin.checked_add(length).filter(|end| *end <= size);
-                let end = end.ok_or_else(bad)?;
-                let before = parts.last().map_or(0, |(_, end): &(u64, u64)| *end);
-                if begin < before || parts.len() == PARTS_MAX {
+                parts.push((field(slot.offset())?, field(slot.length())?));
+                if parts.len() > PARTS_MAX {
                     return Err(bad());
-                }
-                if length > 0 {
-                    parts.push((begin, end));
                 }
             }
             Ok(())
@@ -147,6 +155,89 @@ impl<R: Read> Reader<R> {
             self.inner.read_exact(block.as_mut_bytes())?;
             add(&block.sparse)?;
             more = block.is_extended();
+        }
+        self.holes(field(gnu.real_size())?, &parts)
+    }
+
+    /// The same in the formats that use pax records: the map is in them, or in version 1.0 before the
+    /// file's data.
+    fn read_pax_holes(&mut self, records: &[(Vec<u8>, Vec<u8>)]) -> io::Result<Holes> {
+        let bad = || corrupt("the map of a sparse file makes no sense");
+        let number = |text: &[u8]| -> io::Result<u64> {
+            let text = std::str::from_utf8(text).ok();
+            text.and_then(|text| text.parse().ok()).ok_or_else(bad)
+        };
+        let record = |key: &[u8]| {
+            let mut found = records.iter().rev().filter(|(k, _)| k == key);
+            found.next().map(|(_, value)| value.as_slice())
+        };
+        let size = record(b"GNU.sparse.realsize").or(record(b"GNU.sparse.size"));
+        let size = number(size.ok_or_else(bad)?)?;
+        let mut numbers = Vec::new();
+        if record(b"GNU.sparse.major") == Some(b"1") {
+            let count = self.read_map_number()?;
+            for _ in 0..count.checked_mul(2).ok_or_else(bad)? {
+                numbers.push(self.read_map_number()?);
+                if numbers.len() > 2 * PARTS_MAX {
+                    return Err(bad());
+                }
+            }
+            // The map ends with its block.
+            let used = usize::try_from(self.map_bytes).map_err(|_| bad())?;
+            let rest = used.next_multiple_of(BLOCK) - used;
+            let mut block = [0; BLOCK];
+            self.read_exact(&mut block[..rest])?;
+        } else if let Some(map) = record(b"GNU.sparse.map") {
+            for text in map.split(|b| *b == b',').filter(|text| !text.is_empty()) {
+                numbers.push(number(text)?);
+            }
+        } else {
+            let keys: [&[u8]; 2] = [b"GNU.sparse.offset", b"GNU.sparse.numbytes"];
+            for (key, value) in records {
+                if keys.get(numbers.len() % 2) == Some(&key.as_slice()) {
+                    numbers.push(number(value)?);
+                }
+            }
+        }
+        if !numbers.len().is_multiple_of(2) || numbers.len() > 2 * PARTS_MAX {
+            return Err(bad());
+        }
+        let parts: Vec<_> = numbers.chunks(2).map(|pair| (pair[0], pair[1])).collect();
+        self.holes(size, &parts)
+    }
+
+    /// A decimal number and the newline behind it.
+    fn read_map_number(&mut self) -> io::Result<u64> {
+        let mut value: u64 = 0;
+        for digits in 0.. {
+            let mut byte = [0];
+            self.read_exact(&mut byte)?;
+            self.map_bytes += 1;
+            let more = match byte[0] {
+                b'\n' if digits > 0 => return Ok(value),
+                digit @ b'0'..=b'9' => value
+                    .checked_mul(10)
+                    .and_then(|value| value.checked_add((digit - b'0').into())),
+                _ => None,
+            };
+            value = more.ok_or_else(|| corrupt("the map of a sparse file makes no sense"))?;
+        }
+        unreachable!("a number ends, or is too large")
+    }
+
+    /// Parts with data, offset and length each, of a file of this size.
+    fn holes(&self, size: u64, map: &[(u64, u64)]) -> io::Result<Holes> {
+        let bad = || corrupt("the map of a sparse file makes no sense");
+        let mut parts: Vec<(u64, u64)> = Vec::new();
+        for &(begin, length) in map {
+            let end = begin.checked_add(length).filter(|end| *end <= size);
+            let end = end.ok_or_else(bad)?;
+            if begin < parts.last().map_or(0, |(_, end)| *end) {
+                return Err(bad());
+            }
+            if length > 0 {
+                parts.push((begin, end));
+            }
         }
         if parts.iter().map(|(begin, end)| end - begin).sum::<u64>() != self.left {
             return Err(bad());
@@ -190,10 +281,17 @@ impl<R: Read> Reader<R> {
         if skipped < skip {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        (self.left, self.padding) = (0, 0);
+        (self.left, self.padding, self.map_bytes) = (0, 0, 0);
         self.holes = None;
         let mut header = Header::new_old();
-        self.inner.read_exact(header.as_mut_bytes())?;
+        let (first, rest) = header.as_mut_bytes().split_at_mut(1);
+        match self.inner.read_exact(first) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.may_just_end => {
+                return Ok(None);
+            }
+            result => result?,
+        }
+        self.inner.read_exact(rest)?;
         let bytes = header.as_bytes();
         // The end is two blocks of zeros; one is enough to know it.
         if bytes.iter().all(|b| *b == 0) {
@@ -272,13 +370,11 @@ impl<R: Read> Reader<R> {
                 })
                 .transpose()
         };
-        if records
+        let pax_sparse = records
             .iter()
-            .any(|(key, _)| key.starts_with(b"GNU.sparse."))
-        {
-            return Err(corrupt("it has sparse files, which are not supported"));
-        }
-        let path = record("path")
+            .any(|(key, _)| key.starts_with(b"GNU.sparse."));
+        let path = record("GNU.sparse.name")
+            .or(record("path"))
             .map(<[u8]>::to_vec)
             .or(long_path)
             .unwrap_or_else(|| header.path_bytes().into_owned());
@@ -309,6 +405,8 @@ impl<R: Read> Reader<R> {
         self.expect(size)?;
         if header.entry_type() == EntryType::GNUSparse {
             self.holes = Some(self.read_holes(header)?);
+        } else if pax_sparse && kind == Kind::File {
+            self.holes = Some(self.read_pax_holes(records)?);
         }
         let id = |from_pax: Option<u64>, from_header: io::Result<u64>| {
             u32::try_from(from_pax.map_or(field(from_header), Ok)?)
@@ -524,6 +622,46 @@ mod tests {
         assert_eq!(reader.hole(), 0);
         // What was not read of it is skipped as well.
         assert!(reader.next_entry().unwrap().is_none());
+    }
+
+    #[test]
+    fn sparse_files_of_gnu_tar_are_read_in_all_its_formats() {
+        use std::os::unix::fs::FileExt;
+        let dir = tempfile::tempdir().unwrap();
+        let file = std::fs::File::create(dir.path().join("holes")).unwrap();
+        file.set_len(9 << 20).unwrap();
+        let mut expected = vec![0; 9 << 20];
+        // More parts than fit a header.
+        for part in 0..40 {
+            let at = part * 200_000;
+            file.write_all_at(b"data", at).unwrap();
+            let at = usize::try_from(at).unwrap();
+            expected[at..at + 4].copy_from_slice(b"data");
+        }
+        for format in [
+            &["--format=gnu"][..],
+            &["--format=pax", "--sparse-version=0.0"],
+            &["--format=pax", "--sparse-version=0.1"],
+            &["--format=pax", "--sparse-version=1.0"],
+        ] {
+            let made = std::process::Command::new("tar")
+                .args(["--create", "--sparse", "--directory"])
+                .arg(dir.path())
+                .args(format)
+                .arg("holes")
+                .output()
+                .unwrap();
+            assert!(made.status.success());
+            let mut reader = Reader::new(made.stdout.as_slice());
+            let entry = reader.next_entry().unwrap().unwrap();
+            assert_eq!(entry.path, b"holes", "{format:?}");
+            assert_eq!((entry.size, entry.sparse), (9 << 20, true), "{format:?}");
+            assert!(made.stdout.len() < 1 << 20, "tar has kept the holes");
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).unwrap();
+            assert!(read == expected, "{format:?}");
+            assert!(reader.next_entry().unwrap().is_none());
+        }
     }
 
     #[test]

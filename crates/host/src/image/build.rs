@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::erofs::{Written, write_erofs};
+use super::erofs::{Special, Written, write_erofs};
 use crate::apt;
 use crate::cancel::Cancel;
 use crate::error::{HostError, HostErrorKind};
@@ -127,7 +127,7 @@ const PHASES: [(Phase, u32); 5] = [
 ];
 
 /// The list of installed packages in a root file system.
-const DPKG_STATUS: &str = "var/lib/dpkg/status";
+pub(crate) const DPKG_STATUS: &str = "var/lib/dpkg/status";
 
 /// Bytes the default image has, roughly: what progress in the last phase is measured by.
 const TYPICAL_BYTES: u64 = 220 << 20;
@@ -240,9 +240,11 @@ pub fn build_default_image(
         os,
         staging,
         dest,
-        &request.name,
-        &request.created,
-        source,
+        &Description {
+            name: &request.name,
+            created: &request.created,
+            source,
+        },
         &written,
         cancel,
     )?;
@@ -292,18 +294,20 @@ pub fn import_tar(
         os,
         staging,
         dest,
-        request.name,
-        request.created,
-        request.source.to_owned(),
+        &Description {
+            name: request.name,
+            created: request.created,
+            source: request.source.to_owned(),
+        },
         &written,
         cancel,
     )
 }
 
 /// Ends with an error once it is cancelled.
-struct Cancellable<'a, R> {
-    inner: R,
-    cancel: &'a Cancel,
+pub(crate) struct Cancellable<'a, R> {
+    pub(crate) inner: R,
+    pub(crate) cancel: &'a Cancel,
 }
 
 impl<R: Read> Read for Cancellable<'_, R> {
@@ -397,23 +401,30 @@ fn write_image(
         let written = write_erofs(
             BufReader::with_capacity(1 << 16, tar),
             &file,
-            &[DPKG_STATUS],
-            empty,
+            Special {
+                capture: &[DPKG_STATUS],
+                empty,
+            },
         )?;
         file.sync_all()?;
         Ok(written)
     })
 }
 
+/// What an image's description says beside what follows from the image.
+#[derive(Debug)]
+pub(crate) struct Description<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) created: &'a str,
+    pub(crate) source: String,
+}
+
 /// Writes `manifest.json` and puts the directory in place.
-#[expect(clippy::too_many_arguments, reason = "the fields of the description")]
-fn describe(
+pub(crate) fn describe(
     os: &Os,
     staging: Staging<'_>,
     dest: &Path,
-    name: &str,
-    created: &str,
-    source: String,
+    description: &Description<'_>,
     written: &Written,
     cancel: &Cancel,
 ) -> Result<Image, HostError> {
@@ -436,11 +447,11 @@ fn describe(
     let digest = digest?;
     let status = written.captured.get(DPKG_STATUS);
     let manifest = ImageManifest {
-        name: name.to_owned(),
+        name: description.name.to_owned(),
         digest,
         size: written.bytes,
-        created: created.to_owned(),
-        source,
+        created: description.created.to_owned(),
+        source: description.source.clone(),
         packages: status.map(|s| installed(s)).unwrap_or_default(),
     };
     let mut json = serde_json::to_vec_pretty(&manifest)

@@ -22,7 +22,7 @@ mod tree;
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 
-use self::tree::{Body, Chunks, Tree};
+use self::tree::{Body, Children, Chunks, Tree};
 use super::archive::{Entry, Kind, Reader};
 
 /// Bytes in a block.
@@ -40,6 +40,9 @@ const INLINE_TOTAL_MAX: u64 = 64 << 20;
 /// Files of this length or more are searched for zeros, which become holes. Shorter ones only if the
 /// archive says that they have holes: a program with some zeros in it is no sparse file.
 const SEARCHED_BYTES_MIN: u64 = 16 << 20;
+/// The longest file: what block numbers of 32 bits can tell. An archive may claim more for a file of
+/// holes, and would have us take memory for it.
+const FILE_BYTES_MAX: u64 = BLOCK << 32;
 /// The smallest chunk of a file with holes.
 const CHUNK_BITS_MIN: u32 = 16;
 /// Chunks of a file, at most: longer files have larger ones. The map has 4 bytes for each.
@@ -56,6 +59,43 @@ pub struct Written {
     pub captured: BTreeMap<String, Vec<u8>>,
 }
 
+/// How much an image may come to. What is beyond is refused while it is read, so that a small
+/// archive that unpacks to a huge tree costs no more than this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of all files together, holes included; and bytes of the streams they come in.
+    pub bytes: u64,
+    /// Entries of the archives together.
+    pub entries: u64,
+}
+
+impl Limits {
+    /// Neither is bounded but by the format and by memory.
+    pub const NONE: Self = Self {
+        bytes: u64::MAX,
+        entries: u64::MAX,
+    };
+}
+
+impl Default for Limits {
+    /// 64 GiB and two million entries: a few times the largest images in use.
+    fn default() -> Self {
+        Self {
+            bytes: 64 << 30,
+            entries: 2_000_000,
+        }
+    }
+}
+
+/// Which files are looked at on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Special<'a> {
+    /// Files, such as `var/lib/dpkg/status`, whose content is also returned.
+    pub capture: &'a [&'a str],
+    /// Files whose content is left out, such as `etc/machine-id`.
+    pub empty: &'a [&'a str],
+}
+
 /// Writes the tree in `tar`, an uncompressed tar stream, as an EROFS image to `image`, which is
 /// empty and at its start. Reads up to the archive's end mark.
 ///
@@ -65,72 +105,182 @@ pub struct Written {
 /// entries with the same path the last counts. Missing parents become directories of user 0 with
 /// mode 0755. Equal streams make equal images.
 ///
-/// `capture` names files, such as `var/lib/dpkg/status`, whose content is also returned; `empty`
-/// those whose content is left out.
-///
 /// # Errors
 ///
 /// Those of reading and writing; [`InvalidData`](io::ErrorKind::InvalidData) if the stream is no
 /// tar archive, a path has `..` in it, a path leads through something that is not a directory, a
-/// hard link's target is missing, a name has more than 255 bytes, there are sparse files in another
-/// than the old GNU format, or names and attributes take more than 2 GiB.
+/// hard link's target is missing, a name has more than 255 bytes, or names and attributes take more
+/// than 2 GiB.
 pub fn write_erofs(
     tar: impl Read,
     image: impl Write + Seek,
-    capture: &[&str],
-    empty: &[&str],
+    special: Special<'_>,
 ) -> io::Result<Written> {
-    let mut tar = Reader::new(tar);
-    let mut out = Output {
-        writer: BufWriter::with_capacity(1 << 20, image),
-        position: 0,
-    };
-    let mut tree = Tree::new();
-    let mut captured = BTreeMap::new();
-    let mut inline_left = INLINE_TOTAL_MAX;
-    let mut buffer = vec![0; 1 << 20];
-    out.zeros(BLOCK)?;
-    while let Some(entry) = tar.next_entry()? {
-        let path = tree::parts(&entry.path)?;
-        let body = match entry.kind {
-            Kind::File => {
-                let name = path.join(&b'/');
-                let is_one = |of: &'_ &&str| name == of.as_bytes();
-                if empty.iter().any(|of| is_one(&of)) {
-                    tree.insert(&path, &entry, Body::SmallFile(Vec::new()))?;
-                    continue;
-                }
-                let wanted = capture.iter().find(is_one);
-                let mut copy = wanted.map(|_| Vec::new());
-                let body = copy_file(
-                    &mut tar,
-                    &entry,
-                    &mut out,
-                    &mut inline_left,
-                    &mut copy,
-                    &mut buffer,
-                )?;
-                if let (Some(name), Some(copy)) = (wanted, copy) {
-                    captured.insert((*name).to_owned(), copy);
-                }
-                body
+    let mut builder = Builder::new(image, special, Limits::NONE)?;
+    builder.add(&mut Reader::new(tar))?;
+    builder.finish()
+}
+
+/// Puts an image together from the layers of an OCI image, the lowest first.
+pub struct Builder<'a, W: Write + Seek> {
+    out: Output<W>,
+    tree: Tree,
+    special: Special<'a>,
+    limits: Limits,
+    captured: BTreeMap<String, Vec<u8>>,
+    inline_left: u64,
+    buffer: Vec<u8>,
+    bytes: u64,
+    entries: u64,
+}
+
+impl<W: Write + Seek> std::fmt::Debug for Builder<'_, W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder")
+            .field("entries", &self.entries)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a, W: Write + Seek> Builder<'a, W> {
+    /// Begins with an empty root. `image` is empty and at its start.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing.
+    pub fn new(image: W, special: Special<'a>, limits: Limits) -> io::Result<Self> {
+        let mut out = Output {
+            writer: BufWriter::with_capacity(1 << 20, image),
+            position: 0,
+        };
+        out.zeros(BLOCK)?;
+        Ok(Self {
+            out,
+            tree: Tree::new(),
+            special,
+            limits,
+            captured: BTreeMap::new(),
+            inline_left: INLINE_TOTAL_MAX,
+            buffer: vec![0; 1 << 20],
+            bytes: 0,
+            entries: 0,
+        })
+    }
+
+    /// Applies the next layer, an uncompressed tar stream, of which everything up to the archive's
+    /// end is read ("Filesystem Layers" of the OCI image specification).
+    ///
+    /// A file `.wh.NAME` hides `NAME` of the layers below, a file `.wh..wh..opq` everything that the
+    /// layers below have in its directory, wherever in the stream it stands. A symbolic link in the
+    /// middle of a path is followed within the image, as if the image were the root. What a layer
+    /// hides stays in the image file, and no path leads to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_erofs`]; and if it is more than the limits allow. The image is of no use then.
+    pub fn layer(&mut self, tar: impl Read) -> io::Result<()> {
+        self.tree.next_layer();
+        self.add(&mut Reader::of_layer(tar))
+    }
+
+    /// Makes a directory and its parents, if the tree has nothing of that name.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidData`](io::ErrorKind::InvalidData) if the path has `..` in it or leads through
+    /// something that is not a directory.
+    pub fn directory(&mut self, path: &str) -> io::Result<()> {
+        self.tree.next_layer();
+        self.tree.directory(&tree::parts(path.as_bytes())?)
+    }
+
+    fn add(&mut self, tar: &mut Reader<impl Read>) -> io::Result<()> {
+        while let Some(entry) = tar.next_entry()? {
+            self.entries += 1;
+            if self.entries > self.limits.entries {
+                return Err(TooMuch::error(self.limits.entries, "entries"));
             }
-            Kind::HardLink => {
-                tree.link(&path, &tree::parts(&entry.link)?)?;
+            let path = tree::parts(&entry.path)?;
+            if self.tree.whiteout(&path)? {
                 continue;
             }
-            Kind::Directory => Body::Directory(BTreeMap::new()),
-            Kind::Symlink => Body::Symlink(entry.link.clone()),
-            Kind::CharacterDevice | Kind::BlockDevice => Body::Special(device_number(&entry)),
-            Kind::Fifo => Body::Special(0),
-        };
-        tree.insert(&path, &entry, body)?;
+            self.bytes = self.bytes.saturating_add(entry.size);
+            if self.bytes > self.limits.bytes {
+                return Err(TooMuch::error(self.limits.bytes, "bytes of files"));
+            }
+            let body = match entry.kind {
+                Kind::File => self.file(tar, &entry, &path.join(&b'/'))?,
+                Kind::HardLink => {
+                    self.tree.link(&path, &tree::parts(&entry.link)?)?;
+                    continue;
+                }
+                Kind::Directory => Body::Directory(BTreeMap::new()),
+                Kind::Symlink => Body::Symlink(entry.link.clone()),
+                Kind::CharacterDevice | Kind::BlockDevice => Body::Special(device_number(&entry)),
+                Kind::Fifo => Body::Special(0),
+            };
+            self.tree.insert(&path, &entry, body)?;
+        }
+        Ok(())
     }
-    let written = Layout::new(&tree, &mut out)?.write(&tree, &mut out)?;
-    Ok(Written {
-        captured,
-        ..written
-    })
+
+    fn file(
+        &mut self,
+        tar: &mut Reader<impl Read>,
+        entry: &Entry,
+        name: &[u8],
+    ) -> io::Result<Body> {
+        let is_one = |of: &&&str| name == of.as_bytes();
+        if self.special.empty.iter().any(|of| is_one(&of)) {
+            return Ok(Body::SmallFile(Vec::new()));
+        }
+        let wanted = self.special.capture.iter().find(is_one);
+        let mut copy = wanted.map(|_| Vec::new());
+        let body = copy_file(
+            tar,
+            entry,
+            &mut self.out,
+            &mut self.inline_left,
+            &mut copy,
+            &mut self.buffer,
+        )?;
+        if let (Some(name), Some(copy)) = (wanted, copy) {
+            self.captured.insert((*name).to_owned(), copy);
+        }
+        Ok(body)
+    }
+
+    /// Writes what is left: directories, inodes and the superblock.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing.
+    pub fn finish(mut self) -> io::Result<Written> {
+        let written = Layout::new(&self.tree, &mut self.out)?.write(&self.tree, &mut self.out)?;
+        Ok(Written {
+            captured: self.captured,
+            ..written
+        })
+    }
+}
+
+/// More than [`Limits`] allow. Travels in an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("it has more than {most} {what}, the limit")]
+pub(crate) struct TooMuch {
+    most: u64,
+    what: &'static str,
+}
+
+impl TooMuch {
+    pub(crate) fn error(most: u64, what: &'static str) -> io::Error {
+        io::Error::new(io::ErrorKind::InvalidData, Self { most, what })
+    }
+}
+
+fn corrupt(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
 /// Copies one file's data to the output, or to memory if it is small.
@@ -143,6 +293,12 @@ fn copy_file(
     buffer: &mut Vec<u8>,
 ) -> io::Result<Body> {
     let size = entry.size;
+    if size > FILE_BYTES_MAX {
+        return Err(corrupt(format!(
+            "{} says that it has {size} bytes, more than a file may have",
+            String::from_utf8_lossy(&entry.path)
+        )));
+    }
     if size == 0 || (size <= INLINE_BYTES_MAX && size <= *inline_left) {
         *inline_left -= size;
         let mut content = Vec::new();
@@ -501,7 +657,7 @@ fn write_map(chunks: &Chunks, out: &mut Output<impl Write + Seek>) -> io::Result
 /// The entries of a directory with `.` and `..`, sorted by bytes, as the kernel's binary search
 /// wants them.
 fn with_dots(
-    children: &BTreeMap<Vec<u8>, usize>,
+    children: &Children,
     own: usize,
     parent: usize,
 ) -> impl Iterator<Item = (&[u8], usize)> {
@@ -510,7 +666,7 @@ fn with_dots(
     let all = move || {
         children
             .iter()
-            .map(|(name, child)| (name.as_slice(), *child))
+            .map(|(name, child)| (name.as_slice(), child.node))
     };
     all()
         .take_while(move |(name, _)| before(name))
@@ -527,7 +683,7 @@ fn with_dots(
 /// Bytes of `struct erofs_dirent`.
 const DIRENT: usize = 12;
 
-fn directory_size(children: &BTreeMap<Vec<u8>, usize>) -> u64 {
+fn directory_size(children: &Children) -> u64 {
     let (mut blocks, mut used) = (0, 0);
     for (name, _) in with_dots(children, 0, 0) {
         let needed = (DIRENT + name.len()) as u64;
@@ -574,5 +730,7 @@ fn directory<'n>(names: impl Iterator<Item = (&'n [u8], u64, u8)>) -> Vec<u8> {
     bytes
 }
 
+#[cfg(test)]
+mod layer_tests;
 #[cfg(test)]
 mod tests;

@@ -7,3 +7,4 @@ pub mod erofs;
 pub use build::{
     BuildRequest, Image, ImageManifest, ImportRequest, Package, build_default_image, import_tar,
 };
+pub use erofs::Limits;

@@ -13,17 +13,17 @@ use super::*;
 
 /// One thing at a path, as the archive says it and as a reader is to find it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Thing {
-    mode: u32,
+pub(super) struct Thing {
+    pub(super) mode: u32,
     uid: u32,
     gid: u32,
     mtime: (i64, u32),
     xattrs: BTreeMap<String, Vec<u8>>,
-    content: Content,
+    pub(super) content: Content,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Content {
+pub(super) enum Content {
     Directory,
     File(Vec<u8>),
     Symlink(String),
@@ -32,7 +32,7 @@ enum Content {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum EntryTypeName {
+pub(super) enum EntryTypeName {
     Character,
     Block,
 }
@@ -101,7 +101,7 @@ fn archive(things: &Things, links: &Links) -> Vec<u8> {
 
 fn image(tar: &[u8]) -> io::Result<Vec<u8>> {
     let mut image = Cursor::new(Vec::new());
-    let written = write_erofs(tar, &mut image, &[], &[])?;
+    let written = write_erofs(tar, &mut image, Special::default())?;
     let image = image.into_inner();
     assert_eq!(written.bytes, image.len() as u64);
     assert!(written.bytes.is_multiple_of(BLOCK));
@@ -109,7 +109,7 @@ fn image(tar: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// A reader of its own, written from the format's description and with nothing of the writer's.
-struct Image<'i>(&'i [u8]);
+pub(super) struct Image<'i>(pub(super) &'i [u8]);
 
 impl Image<'_> {
     fn number(&self, at: usize, length: usize) -> u64 {
@@ -217,7 +217,7 @@ impl Image<'_> {
     }
 
     /// Everything in it by path, with the inode, and checks what a kernel relies on.
-    fn read(&self) -> BTreeMap<String, (usize, Thing)> {
+    pub(super) fn read(&self) -> BTreeMap<String, (usize, Thing)> {
         assert_eq!(self.number(1024, 4), 0xe0f5_e1e2);
         assert_eq!(self.index(1024 + 36, 4) * 4096, self.0.len());
         let features = self.number(1024 + 80, 4);
@@ -619,7 +619,7 @@ fn only_long_files_are_searched_for_zeros() {
 }
 
 /// An archive from headers alone.
-fn raw(entries: &[(&str, EntryType, &str, &[u8])]) -> Vec<u8> {
+pub(super) fn raw(entries: &[(&str, EntryType, &str, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (path, kind, link, data) in entries {
         let mut header = Header::new_ustar();
@@ -720,8 +720,10 @@ fn files_are_captured_on_the_way() {
     let written = write_erofs(
         tar.as_slice(),
         Cursor::new(Vec::new()),
-        &["var/lib/status", "small", "none"],
-        &[],
+        Special {
+            capture: &["var/lib/status", "small", "none"],
+            empty: &[],
+        },
     )
     .unwrap();
     let captured: Vec<_> = written.captured.into_iter().collect();

@@ -40,10 +40,21 @@ pub(super) struct Node {
     names: u32,
 }
 
+/// The names in a directory.
+pub(super) type Children = BTreeMap<Vec<u8>, Child>;
+
+/// What a name stands for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Child {
+    pub(super) node: usize,
+    /// The last layer that had this name in a path.
+    layer: u32,
+}
+
 /// What an inode holds.
 #[derive(Debug)]
 pub(super) enum Body {
-    Directory(BTreeMap<Vec<u8>, usize>),
+    Directory(Children),
     /// Data that is in the output already.
     File {
         size: u64,
@@ -102,11 +113,23 @@ impl Node {
     }
 }
 
+/// Links on the way to one file, as many as path_resolution(7) allows.
+const LINKS_MAX: u32 = 40;
+
+/// What marks a file that hides another one.
+const WHITEOUT: &[u8] = b".wh.";
+/// What marks a file that hides all others in its directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// What aufs kept for itself beside them.
+const AUFS: &[u8] = b".wh..wh.";
+
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
     /// Bytes of memory it takes, roughly.
     held: usize,
+    /// The layer that is being applied, from 1; 0 for an archive that is no layer.
+    layer: u32,
 }
 
 /// The names in a path, from the root. Leading slashes and `.` mean nothing in an archive.
@@ -134,17 +157,23 @@ impl Tree {
         Self {
             nodes: vec![Node::new_directory(ROOT)],
             held: 0,
+            layer: 0,
         }
     }
 
-    fn children(&self, index: usize) -> Option<&BTreeMap<Vec<u8>, usize>> {
+    /// From now on entries are of the next layer.
+    pub(super) fn next_layer(&mut self) {
+        self.layer += 1;
+    }
+
+    fn children(&self, index: usize) -> Option<&Children> {
         match &self.nodes[index].body {
             Body::Directory(children) => Some(children),
             _ => None,
         }
     }
 
-    fn children_mut(&mut self, index: usize) -> &mut BTreeMap<Vec<u8>, usize> {
+    fn children_mut(&mut self, index: usize) -> &mut Children {
         match &mut self.nodes[index].body {
             Body::Directory(children) => children,
             _ => unreachable!("the caller made sure it is a directory"),
@@ -153,28 +182,152 @@ impl Tree {
 
     /// The directory that holds the last part of `path`, made with its parents if missing.
     fn parent_of(&mut self, path: &[&[u8]]) -> io::Result<usize> {
+        let parent = self.walk(path, &path[..path.len() - 1], true)?;
+        Ok(parent.expect("what is missing is made"))
+    }
+
+    /// The directory that `directories`, a part of `whole`, leads to; `None` if it is missing and is
+    /// not to be made. Names on the way are of this layer from then on, if they are to be made.
+    ///
+    /// In a layer, symbolic links are followed: the programs that unpack layers do, and some that
+    /// make them rely on it. There is no way out of the tree. In another archive following one, or
+    /// replacing it, would each surprise somebody.
+    fn walk(
+        &mut self,
+        whole: &[&[u8]],
+        directories: &[&[u8]],
+        make: bool,
+    ) -> io::Result<Option<usize>> {
         let mut at = ROOT;
-        for (depth, part) in path[..path.len() - 1].iter().enumerate() {
+        let mut left: Vec<Vec<u8>> = directories.iter().rev().map(|part| part.to_vec()).collect();
+        let mut links = 0;
+        while let Some(part) = left.pop() {
+            if part == b".." {
+                at = self.nodes[at].parent;
+                continue;
+            }
             let children = self.children(at).expect("checked one step before");
-            at = match children.get(*part) {
-                Some(&child) if self.children(child).is_some() => child,
-                // Following a symbolic link here, or replacing it, would each surprise somebody.
-                Some(_) => {
+            let Some(child) = children.get(&part).copied() else {
+                if !make {
+                    return Ok(None);
+                }
+                let node = self.nodes.len();
+                self.nodes.push(Node::new_directory(at));
+                let layer = self.layer;
+                self.children_mut(at).insert(part, Child { node, layer });
+                at = node;
+                continue;
+            };
+            match &self.nodes[child.node].body {
+                Body::Directory(_) => {
+                    if make {
+                        let layer = self.layer;
+                        if let Some(named) = self.children_mut(at).get_mut(&part) {
+                            named.layer = layer;
+                        }
+                    }
+                    at = child.node;
+                }
+                Body::Symlink(target) if self.layer > 0 => {
+                    links += 1;
+                    if links > LINKS_MAX {
+                        return Err(corrupt(format!(
+                            "{} leads through more than {LINKS_MAX} symbolic links",
+                            show(whole)
+                        )));
+                    }
+                    let parts = target.split(|b| *b == b'/');
+                    let parts = parts.filter(|part| !part.is_empty() && *part != b".");
+                    left.extend(parts.rev().map(<[u8]>::to_vec));
+                    if target.starts_with(b"/") {
+                        at = ROOT;
+                    }
+                    if left.iter().any(|part| part.len() > NAME_BYTES_MAX) {
+                        return Err(corrupt(format!(
+                            "a name in {} has more than 255 bytes",
+                            show(whole)
+                        )));
+                    }
+                }
+                _ if !make => return Ok(None),
+                _ => {
                     return Err(corrupt(format!(
                         "{} is below {}, which is not a directory",
-                        show(path),
-                        show(&path[..=depth])
+                        show(whole),
+                        String::from_utf8_lossy(&part)
                     )));
                 }
-                None => {
-                    let child = self.nodes.len();
-                    self.nodes.push(Node::new_directory(at));
-                    self.children_mut(at).insert(part.to_vec(), child);
-                    child
-                }
-            };
+            }
         }
-        Ok(at)
+        Ok(Some(at))
+    }
+
+    /// Hides what an entry of this path hides, if it is there for that. Says whether it is.
+    pub(super) fn whiteout(&mut self, path: &[&[u8]]) -> io::Result<bool> {
+        if self.layer == 0 || !path.iter().any(|part| part.starts_with(WHITEOUT)) {
+            return Ok(false);
+        }
+        let (name, directories) = path.split_last().expect("it has a part");
+        if let Some(hidden) = name.strip_prefix(WHITEOUT)
+            && (*name == OPAQUE || !name.starts_with(AUFS))
+            && !directories.iter().any(|part| part.starts_with(WHITEOUT))
+        {
+            if matches!(hidden, b"" | b"." | b"..") {
+                return Err(corrupt(format!("{} hides nothing", show(path))));
+            }
+            if let Some(at) = self.walk(path, directories, false)? {
+                if *name == OPAQUE {
+                    self.hide_below(at);
+                } else if let Some(child) = self.children_mut(at).get(hidden).copied() {
+                    if child.layer < self.layer {
+                        self.children_mut(at).remove(hidden);
+                        self.forget(child.node);
+                    } else if self.children(child.node).is_some() {
+                        self.hide_below(child.node);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes what only lower layers have out of a directory and of those below it.
+    fn hide_below(&mut self, index: usize) {
+        let mut stack = vec![index];
+        while let Some(at) = stack.pop() {
+            let layer = self.layer;
+            let mut doomed = Vec::new();
+            self.children_mut(at).retain(|_, child| {
+                let stays = child.layer >= layer;
+                if !stays {
+                    doomed.push(child.node);
+                }
+                stays
+            });
+            for node in doomed {
+                self.forget(node);
+            }
+            let children = self.children(at).expect("only directories are stacked");
+            let directories = children.values().map(|child| child.node);
+            let directories = directories.filter(|node| self.children(*node).is_some());
+            stack.extend(directories.collect::<Vec<_>>());
+        }
+    }
+
+    /// Counts a name less of what a removed name stood for, or of everything below it.
+    fn forget(&mut self, index: usize) {
+        let mut stack = vec![index];
+        while let Some(at) = stack.pop() {
+            match self.children(at) {
+                Some(children) => stack.extend(children.values().map(|child| child.node)),
+                None => self.nodes[at].names -= 1,
+            }
+        }
+    }
+
+    /// Makes a directory and its parents, if there is nothing of its name.
+    pub(super) fn directory(&mut self, path: &[&[u8]]) -> io::Result<()> {
+        self.walk(path, path, true).map(|_| ())
     }
 
     /// Counts what one more entry takes.
@@ -229,13 +382,17 @@ impl Tree {
         };
         let parent = self.parent_of(path)?;
         node.parent = parent;
-        let existing = self.children_mut(parent).get(*name).copied();
-        if let Some(existing) = existing
-            && entry.kind == Kind::Directory
+        let layer = self.layer;
+        if entry.kind == Kind::Directory
+            && let Some(existing) = self.children(parent).and_then(|names| names.get(*name))
+            && let existing = existing.node
             && self.children(existing).is_some()
         {
             node.body = std::mem::replace(&mut self.nodes[existing].body, Body::Special(0));
             self.nodes[existing] = node;
+            let node = existing;
+            self.children_mut(parent)
+                .insert(name.to_vec(), Child { node, layer });
             return Ok(());
         }
         let index = self.nodes.len();
@@ -246,11 +403,13 @@ impl Tree {
 
     /// Gives what is at `target` a further name.
     pub(super) fn link(&mut self, path: &[&[u8]], target: &[&[u8]]) -> io::Result<()> {
-        let mut at = Some(ROOT);
-        for part in target {
-            at = at.and_then(|at| self.children(at)?.get(*part).copied());
-        }
-        let Some(at) = at.filter(|at| self.children(*at).is_none()) else {
+        let found = match target.split_last() {
+            Some((name, directories)) => self
+                .walk(target, directories, false)?
+                .and_then(|at| Some(self.children(at)?.get(*name)?.node)),
+            None => None,
+        };
+        let Some(at) = found.filter(|at| self.children(*at).is_none()) else {
             return Err(corrupt(format!(
                 "{} is a hard link to {}, which is no file before it",
                 show(path),
@@ -267,12 +426,12 @@ impl Tree {
     }
 
     /// Sets a name, counting names of what is not a directory.
-    fn place(&mut self, parent: usize, name: &[u8], index: usize) {
-        self.nodes[index].names += 1;
-        if let Some(old) = self.children_mut(parent).insert(name.to_vec(), index)
-            && self.children(old).is_none()
-        {
-            self.nodes[old].names -= 1;
+    fn place(&mut self, parent: usize, name: &[u8], node: usize) {
+        self.nodes[node].names += 1;
+        let layer = self.layer;
+        let children = self.children_mut(parent);
+        if let Some(old) = children.insert(name.to_vec(), Child { node, layer }) {
+            self.forget(old.node);
         }
     }
 
@@ -287,7 +446,7 @@ impl Tree {
             order.push(index);
             let children = self.children(index).expect("only directories are stacked");
             let first_directory = stack.len();
-            for &child in children.values() {
+            for child in children.values().map(|child| child.node) {
                 if self.children(child).is_some() {
                     stack.push(child);
                 } else if !std::mem::replace(&mut seen[child], true) {
@@ -305,7 +464,7 @@ impl Tree {
             Some(children) => {
                 let directories = children
                     .values()
-                    .filter(|child| self.children(**child).is_some())
+                    .filter(|child| self.children(child.node).is_some())
                     .count();
                 u32::try_from(directories + 2).unwrap_or(u32::MAX)
             }
@@ -331,6 +490,10 @@ fn xattr_body(xattrs: &[(Vec<u8>, Vec<u8>)], path: &[&[u8]]) -> io::Result<Vec<u
     let xattrs: BTreeMap<_, _> = xattrs.iter().map(|(k, v)| (k, v)).collect();
     let mut bytes = vec![0; 12];
     for (name, value) in xattrs {
+        // Words of an overlay to itself, of which this image becomes a part.
+        if name.starts_with(b"trusted.overlay.") {
+            continue;
+        }
         let class = PREFIXES.iter().find_map(|(index, prefix)| {
             let rest = name.strip_prefix(*prefix)?;
             (rest.is_empty() != prefix.ends_with(b".")).then_some((*index, rest))
