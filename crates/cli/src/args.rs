@@ -319,6 +319,12 @@ pub(crate) enum ImageCommand {
     /// List the images on this host
     #[command(alias = "ls")]
     List(image::ListArgs),
+    /// Show everything about an image
+    Inspect(image::InspectArgs),
+    /// Take over images from an archive
+    Load(image::LoadArgs),
+    /// Give an image a further name
+    Tag(image::TagArgs),
     /// Remove an image that no sandbox needs
     #[command(alias = "rm")]
     Delete(image::DeleteArgs),

@@ -22,12 +22,8 @@ fn command_lines_that_do_not_parse() {
     insta::assert_snapshot!(home.run(&["run"]), @r"
         $ smolvm run
         --- stderr
-        error: the following required arguments were not provided:
-          <COMMAND>...
-
-        Usage: smolvm run <COMMAND>...
-
-        For more information, try '--help'.
+        error: no command was given, and image `debian-12` has none of its own
+        hint: smolvm run -- COMMAND
         --- exit 2
     ");
     insta::assert_snapshot!(home.run(&["run", "--memory", "lots", "true"]), @r"
@@ -112,8 +108,8 @@ fn images_that_cannot_be_made_or_removed() {
     insta::assert_snapshot!(home.run(&["commit", "box", "Docker.io/Image"]), @r"
         $ smolvm commit box Docker.io/Image
         --- stderr
-        error: `Docker.io/Image` is not an image name
-        hint: use at most 128 lower-case letters, digits, `.`, `-` and `_`, beginning and ending with a letter or digit; a tag may follow, as in `tools:v2`
+        error: `Docker.io/Image` is not the name of an image
+        hint: use lower-case letters, digits, `.`, `-` and `_`, beginning and ending with a letter or digit; a tag may follow, as in `tools:v2`, and an owner or registry come before, as in `registry.example/me/tools:v2`
         --- exit 2
     ");
     insta::assert_snapshot!(home.run(&["commit", "box", "tools:v1"]), @r"

@@ -4,7 +4,7 @@ CREATE TABLE images (
     size_bytes INTEGER NOT NULL,
     created_ms INTEGER NOT NULL,
     source TEXT NOT NULL
-) STRICT;
+, manifest TEXT, user TEXT, workdir TEXT) STRICT;
 
 CREATE TABLE sandboxes (
     id TEXT PRIMARY KEY,
@@ -156,3 +156,19 @@ CREATE TABLE ports (
 CREATE INDEX ports_of_sandbox ON ports (sandbox_id);
 
 CREATE UNIQUE INDEX one_ssh_port ON ports (sandbox_id) WHERE purpose = 'ssh';
+-- What an image says of the commands that are run in it: ENV,
+CREATE TABLE image_env (
+    image TEXT NOT NULL REFERENCES images (name) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (image, name)
+) STRICT;
+
+-- ENTRYPOINT and CMD.
+CREATE TABLE image_words (
+    image TEXT NOT NULL REFERENCES images (name) ON DELETE CASCADE,
+    part TEXT NOT NULL CHECK (part IN ('entrypoint', 'cmd')),
+    position INTEGER NOT NULL,
+    word TEXT NOT NULL,
+    PRIMARY KEY (image, part, position)
+) STRICT;

@@ -10,6 +10,7 @@ use smolvm_host::cancel::Cancel;
 use smolvm_host::image::{BuildRequest, build_default_image};
 use smolvm_host::initramfs::{Initramfs, write_initramfs};
 use smolvm_host::kernel::{Kernel, fetch_kernel, import_kernel};
+use smolvm_host::oci::ImageConfig;
 use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
 use smolvm_host::progress::Phase;
@@ -215,6 +216,8 @@ impl Assets<'_> {
             size_bytes: image.manifest.size,
             created_at: now,
             source: "built from Debian packages on this host".to_owned(),
+            manifest: None,
+            config: ImageConfig::default(),
         })
     }
 

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::pin::pin;
 
 use smolvm_host::cancel::Cancel;
+use smolvm_host::oci::ImageConfig;
 use smolvm_proto::Channel;
 use smolvm_proto::message::{ArchiveRequest, Event, Request};
 use tokio::sync::mpsc;
@@ -80,9 +81,13 @@ impl Engine {
             return Err(name_taken(image));
         }
         let session = self.connect(name).await?;
-        let expected = self.expected_bytes(name, &session).await?;
+        let base = self.base(name)?;
+        let expected = expected_bytes(base.as_ref(), &session).await?;
+        // What a command meets in the image it met in the sandbox. The sandbox's own environment may
+        // hold secrets, and stays with it.
+        let config = base.map(|base| base.config).unwrap_or_default();
         let staged = self
-            .receive(&session, image, options, expected, watcher, stop)
+            .receive(&session, image, config, options, expected, watcher, stop)
             .await?;
         let mut store = Store::open(&self.layout().database())?;
         let published = self
@@ -94,24 +99,20 @@ impl Engine {
         })
     }
 
-    /// How many bytes will come, roughly: the base, and what the writable layer holds.
-    async fn expected_bytes(&self, name: &str, session: &Session) -> Result<u64> {
+    /// The image a sandbox was made of, if it is still there.
+    fn base(&self, name: &str) -> Result<Option<ImageInfo>> {
         let image = self.info(name)?.image;
-        let base = self
-            .images()?
-            .into_iter()
-            .find(|known| known.name == image)
-            .map_or(0, |known| known.size_bytes);
-        let facts = session.facts().await?;
-        let changed = facts.disk_total_bytes.saturating_sub(facts.disk_free_bytes);
-        Ok(base + changed)
+        let mut images = self.images()?.into_iter();
+        Ok(images.find(|known| known.name == image))
     }
 
     /// Has the guest send its root, and a thread write it.
+    #[expect(clippy::too_many_arguments, reason = "what an image is made with")]
     async fn receive(
         &self,
         session: &Session,
         image: &ImageName,
+        config: ImageConfig,
         options: &CommitOptions,
         expected: u64,
         watcher: &mut (dyn Watcher + Send),
@@ -132,7 +133,7 @@ impl Engine {
                 let mut pieces = PieceReader::new(pieces);
                 engine
                     .assets()
-                    .stage_image(&mut pieces, &image, &source, &cancel)
+                    .stage_image(&mut pieces, &image, &source, config, &cancel)
             }
         });
         let (mut writing, mut stop) = (pin!(writing), pin!(stop));
@@ -204,6 +205,13 @@ impl Engine {
         received?;
         written
     }
+}
+
+/// How many bytes will come, roughly: the base, and what the writable layer holds.
+async fn expected_bytes(base: Option<&ImageInfo>, session: &Session) -> Result<u64> {
+    let facts = session.facts().await?;
+    let changed = facts.disk_total_bytes.saturating_sub(facts.disk_free_bytes);
+    Ok(base.map_or(0, |base| base.size_bytes) + changed)
 }
 
 fn report(

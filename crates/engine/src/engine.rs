@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_host::cancel::Cancel;
 use smolvm_host::kernel::Kernel;
+use smolvm_host::oci::ImageConfig;
 use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
 use smolvm_host::process::ProcessIdentity;
@@ -124,6 +125,10 @@ pub struct ImageInfo {
     pub created_at: Timestamp,
     /// Where it came from.
     pub source: String,
+    /// Digest of its manifest, where a registry or archive gave it one.
+    pub manifest: Option<String>,
+    /// What it says of the commands that are run in it.
+    pub config: ImageConfig,
 }
 
 /// How a start went: how long it took, each from the call of [`Engine::start`], zero if it ran already;
@@ -401,7 +406,9 @@ impl Engine {
                 missing.push("kernel".to_owned());
             }
         }
-        if self.images()?.iter().all(|known| known.name != image) {
+        let store = Store::open_existing(&self.layout().database())?;
+        let known = store.map(|store| store.image(image)).transpose()?.flatten();
+        if known.is_none() {
             if image != crate::spec::DEFAULT_IMAGE {
                 return Err(unknown_image(image));
             }
@@ -510,6 +517,18 @@ impl Engine {
     /// The same with the kernel of this key.
     pub(crate) fn create_with(&self, spec: &SandboxSpec, kernel: &str) -> Result<SandboxInfo> {
         let mut store = self.store()?;
+        let (spec, digest) = self.of_image(&store, spec)?;
+        let row = self.insert(&mut store, &spec, digest, kernel.to_owned(), None)?;
+        Ok(self.describe(row, None))
+    }
+
+    /// A sandbox as its image would have it where nothing else was asked for, and the digest of that
+    /// image's root file system.
+    pub(crate) fn of_image(
+        &self,
+        store: &Store,
+        spec: &SandboxSpec,
+    ) -> Result<(SandboxSpec, String)> {
         let image = store.image(&spec.image)?.ok_or_else(|| {
             if spec.image == crate::spec::DEFAULT_IMAGE {
                 Error::new(
@@ -521,8 +540,23 @@ impl Engine {
                 unknown_image(&spec.image)
             }
         })?;
-        let row = self.insert(&mut store, spec, image.digest, kernel.to_owned(), None)?;
-        Ok(self.describe(row, None))
+        let mut spec = spec.clone();
+        spec.image = image.name;
+        spec.take_defaults(&image.config);
+        Ok((spec, image.digest))
+    }
+
+    /// An image with what it says of its commands.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`].
+    pub fn image(&self, name: &str) -> Result<ImageInfo> {
+        let store = Store::open_existing(&self.layout().database())?;
+        let image = store.map(|store| store.image(name)).transpose()?.flatten();
+        image
+            .map(ImageInfo::from)
+            .ok_or_else(|| unknown_image(name))
     }
 
     /// Writes the row of a new sandbox and makes its directory.

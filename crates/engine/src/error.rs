@@ -79,6 +79,12 @@ impl Error {
         self
     }
 
+    /// The same error as another kind.
+    pub(crate) fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// Adds the last lines of a guest's console.
     #[must_use]
     pub fn console(mut self, lines: Vec<String>) -> Self {

@@ -14,6 +14,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use smolvm_host::cancel::Cancel;
 use smolvm_host::image::{ImageManifest, ImportRequest, import_tar};
+use smolvm_host::oci::{ImageConfig, Reference, ReferenceError};
 use smolvm_host::os::{Lock, Os};
 
 use crate::assets::{Assets, unknown_image};
@@ -28,14 +29,11 @@ const REMOVED: &str = ".removed-";
 /// Root file systems begin with this, where the digest has a colon.
 const DIGEST: &str = "sha256-";
 
-/// Most characters of an image's name, and of its tag.
-pub const IMAGE_NAME_CHARS_MAX: usize = 128;
-
-/// The name of an image, `name` or `name:tag`.
+/// The name of an image in the store.
 ///
-/// The name has lower-case letters, digits, `.`, `-` and `_`, and begins and ends with a letter or
-/// digit; the tag has these and upper-case letters, and begins with none of `.` and `-`. Each has at
-/// most [`IMAGE_NAME_CHARS_MAX`] characters. A name without a tag is a name of its own.
+/// It is one that Docker would take, [`Reference`]: `name`, `name:tag`, `owner/name:tag`,
+/// `registry.example/owner/name:tag`. A name without a tag is a name of its own. Images that were
+/// pulled or loaded have the name that `docker images` would show, with the tag.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ImageName(String);
 
@@ -53,43 +51,44 @@ impl fmt::Display for ImageName {
     }
 }
 
+impl From<&Reference> for ImageName {
+    fn from(reference: &Reference) -> Self {
+        Self(reference.to_string())
+    }
+}
+
 impl FromStr for ImageName {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (name, tag) = match text.split_once(':') {
-            Some((name, tag)) => (name, Some(tag)),
-            None => (text, None),
-        };
-        let fits = |part: &str| (1..=IMAGE_NAME_CHARS_MAX).contains(&part.len());
-        let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-        let mark = |c: char| matches!(c, '.' | '-' | '_');
-        let name_is_good = fits(name)
-            && name.chars().all(|c| word(c) || mark(c))
-            && name.starts_with(word)
-            && name.ends_with(word);
-        let tag_is_good = tag.is_none_or(|tag| {
-            fits(tag)
-                && tag.chars().all(|c| c.is_ascii_alphanumeric() || mark(c))
-                && !tag.starts_with(['.', '-'])
-        });
-        if name_is_good && tag_is_good {
-            return Ok(Self(text.to_owned()));
+        let reference = reference(text)?;
+        if reference.digest().is_some() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("`{text}` says what an image is, which is no name to give to one"),
+            )
+            .hint("leave out what begins at the `@`"));
         }
-        Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("`{}` is not an image name", text.escape_debug()),
-        )
-        .hint(format!(
-            "use at most {IMAGE_NAME_CHARS_MAX} lower-case letters, digits, `.`, `-` and `_`, beginning and \
-             ending with a letter or digit; a tag may follow, as in `tools:v2`"
-        )))
+        Ok(Self(text.to_owned()))
     }
+}
+
+/// Reads what a user calls an image.
+pub(crate) fn reference(text: &str) -> Result<Reference> {
+    text.parse().map_err(|error: ReferenceError| {
+        Error::new(ErrorKind::InvalidInput, error.to_string()).hint(
+            "use lower-case letters, digits, `.`, `-` and `_`, beginning and ending with a letter or \
+             digit; a tag may follow, as in `tools:v2`, and an owner or registry come before, as in \
+             `registry.example/me/tools:v2`",
+        )
+    })
 }
 
 /// An image that was removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemovedImage {
+    /// The name it had.
+    pub name: String,
     /// Its digest, `sha256:` and 64 hexadecimal digits.
     pub digest: String,
     /// Bytes of the disk that are free now; 0 if another name has the same root file system.
@@ -104,6 +103,8 @@ impl From<ImageRow> for ImageInfo {
             size_bytes: image.size_bytes,
             created_at: image.created_at,
             source: image.source,
+            manifest: image.manifest,
+            config: image.config,
         }
     }
 }
@@ -121,10 +122,10 @@ impl Engine {
         let assets = self.assets();
         let turn = assets.names_turn()?;
         let image = store.image(name)?.ok_or_else(|| unknown_image(name))?;
-        match store.remove_image(name)? {
+        match store.remove_image(&image.name)? {
             Removal::Done => {}
             Removal::Unknown => return Err(unknown_image(name)),
-            Removal::UsedBy(users) => return Err(in_use(name, &users)),
+            Removal::UsedBy(users) => return Err(in_use(&image.name, &users)),
         }
         let place = self.layout().image(&image.digest);
         let before = used_below(&place);
@@ -135,6 +136,7 @@ impl Engine {
             self.remove_templates_made_of(&image.digest)?;
         }
         Ok(RemovedImage {
+            name: image.name,
             digest: image.digest,
             freed_bytes,
         })
@@ -190,16 +192,19 @@ pub(crate) struct NamesTurn {
 /// An image that is whole and has no name yet. Dropping it removes it.
 #[derive(Debug)]
 pub(crate) struct Staged {
-    making: Making,
-    manifest: ImageManifest,
-    created_at: Timestamp,
+    pub(crate) making: Making,
+    pub(crate) manifest: ImageManifest,
+    pub(crate) created_at: Timestamp,
+    /// Digest of the manifest of an OCI image.
+    pub(crate) oci: Option<String>,
+    pub(crate) config: ImageConfig,
 }
 
 /// A directory to make an image in. Dropping it removes it.
 #[derive(Debug)]
-struct Making {
+pub(crate) struct Making {
     os: Os,
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
     /// Says that the process that fills it lives.
     _lock: Lock,
 }
@@ -240,6 +245,7 @@ impl Assets<'_> {
         tar: &mut dyn Read,
         name: &ImageName,
         source: &str,
+        config: ImageConfig,
         cancel: &Cancel,
     ) -> Result<Staged> {
         let making = self.begin_making()?;
@@ -262,10 +268,12 @@ impl Assets<'_> {
             making,
             manifest: image.manifest,
             created_at,
+            oci: None,
+            config,
         })
     }
 
-    fn begin_making(&self) -> Result<Making> {
+    pub(crate) fn begin_making(&self) -> Result<Making> {
         let turn = self.names_turn()?;
         for dead in self.dead_makings(&turn)? {
             self.os.remove_tree("remove the half-made image", &dead)?;
@@ -325,7 +333,7 @@ impl Assets<'_> {
         replace: bool,
     ) -> Result<Published> {
         let turn = self.names_turn()?;
-        let old = store.image(name.as_str())?;
+        let old = store.image_named(name.as_str())?;
         if old.is_some() && !replace {
             return Err(name_taken(name));
         }
@@ -333,6 +341,8 @@ impl Assets<'_> {
             making,
             manifest,
             created_at,
+            oci,
+            config,
         } = staged;
         let place = self.layout.image(&manifest.digest);
         let known = place.exists();
@@ -349,6 +359,8 @@ impl Assets<'_> {
             size_bytes: manifest.size,
             created_at,
             source: manifest.source,
+            manifest: oci,
+            config,
         };
         let recorded = self
             .os
@@ -436,26 +448,18 @@ mod tests {
 
     #[test]
     fn names_are_checked() {
-        let long = "x".repeat(IMAGE_NAME_CHARS_MAX);
-        let with_tag = format!("{long}:{long}");
         for good in [
             "a",
-            "0",
             "my-image",
-            "a.b_c-d",
-            "tools:v2",
             "tools:V2_rc.1-x",
-            "a:_",
-            &long,
-            &with_tag,
+            "me/tools",
+            "registry.example:5000/me/tools:1",
         ] {
-            assert!(good.parse::<ImageName>().is_ok(), "{good}");
+            let name: ImageName = good.parse().expect(good);
+            assert_eq!(name.as_str(), good);
         }
-        let too_long = "x".repeat(IMAGE_NAME_CHARS_MAX + 1);
-        for bad in [
-            "", ":", "a:", ":a", "A", "-a", "a-", ".", "..", "a b", "a/b", "é", "a:b:c", "a:.b",
-            "a:-b", "a\n", &too_long,
-        ] {
+        let digest = format!("a@sha256:{}", "0".repeat(64));
+        for bad in ["", "A", "a:b:c", "a\n", "../a", &digest] {
             let error = bad.parse::<ImageName>().expect_err(bad);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
         }
@@ -554,7 +558,13 @@ mod tests {
     ) -> Result<Published> {
         let cancel = Cancel::new()?;
         let image = name(image);
-        let staged = assets.stage_image(&mut tar(text).as_slice(), &image, "a test", &cancel)?;
+        let staged = assets.stage_image(
+            &mut tar(text).as_slice(),
+            &image,
+            "a test",
+            ImageConfig::default(),
+            &cancel,
+        )?;
         assets.publish_image(store, staged, &image, replace)
     }
 

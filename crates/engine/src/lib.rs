@@ -45,6 +45,7 @@ pub mod layout;
 mod listener;
 mod names;
 pub mod network;
+mod oci;
 mod plan;
 mod pool;
 pub mod ports;
@@ -67,17 +68,20 @@ pub use error::{Error, ErrorKind, Result, in_one_line};
 pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, Program, TerminalSize};
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
-pub use images::{IMAGE_NAME_CHARS_MAX, ImageName, RemovedImage};
+pub use images::{ImageName, RemovedImage};
 pub use kernels::{BuiltKernel, KernelInfo};
 pub use listener::GuestListener;
 pub use network::{
     ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
 };
+pub use oci::{LoadOptions, LoadSource, Loaded};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use settings::{NetworkSettings, SETTINGS_NAME, Settings, SshSettings};
 pub use smolvm_host::cancel::Cancel;
+pub use smolvm_host::image::Limits;
+pub use smolvm_host::oci::{ImageConfig, Reference};
 pub use smolvm_proto::socket::{Endpoint, Internet};
 pub use snapshots::{FORK_CHILDREN_MAX, Fork, Forked, SnapshotInfo};
 pub use spec::{

@@ -23,7 +23,7 @@ use crate::ports;
 use crate::session::{Session, refusal};
 use crate::spec::{DiskMode, KernelChoice, SandboxSpec};
 use crate::store::rows::name_taken;
-use crate::store::{PoolRow, SandboxRow, State, Store};
+use crate::store::{ImageRow, PoolRow, SandboxRow, State, Store};
 
 /// Most members of a pool.
 pub const POOL_SIZE_MAX: u32 = 1024;
@@ -174,16 +174,17 @@ impl Engine {
             return Ok(None);
         };
         let pools = store.pools()?;
-        let Some(pool) = pools.iter().find(|pool| PoolSpec::of(pool).matches(spec)) else {
+        if pools.is_empty() || store.image(&spec.image)?.is_none() {
             return Ok(None);
-        };
-        let Some(image) = store.image(&spec.image)? else {
+        }
+        let (spec, image_digest) = &self.of_image(&store, spec)?;
+        let Some(pool) = pools.iter().find(|pool| PoolSpec::of(pool).matches(spec)) else {
             return Ok(None);
         };
         let mut members = store.members(&pool.id)?;
         let kernel = self.kernel_key(&KernelChoice::Auto)?;
         members.retain(|row| {
-            row.state == State::Paused && row.image_digest == image.digest && row.kernel == kernel
+            row.state == State::Paused && row.image_digest == *image_digest && row.kernel == kernel
         });
         // Not all from the same end, so that claims at one moment rarely meet.
         let first = usize::try_from(random_u64()?).unwrap_or(0) % members.len().max(1);
@@ -280,13 +281,13 @@ impl Engine {
     pub async fn set_pool(&self, spec: &PoolSpec, ready: &mut dyn FnMut(u32)) -> Result<()> {
         spec.check()?;
         let mut store = self.store()?;
-        if store.image(&spec.image)?.is_none() {
+        let Some(image) = store.image(&spec.image)? else {
             return Err(unknown_image(&spec.image));
-        }
+        };
         let before = store.pools()?;
         let row = store.put_pool(&PoolRow {
             id: format!("{:016x}", random_u64()?),
-            image: spec.image.clone(),
+            image: image.name,
             cpus: spec.cpus,
             memory_mib: spec.memory_mib,
             disk_mib: spec.disk_mib,
@@ -407,9 +408,7 @@ impl Engine {
                 return Ok(());
             }
             ready(u32::try_from(members.len()).unwrap_or(u32::MAX));
-            let made = self
-                .make_member(&mut store, &pool, image.digest, kernel)
-                .await;
+            let made = self.make_member(&mut store, &pool, image, kernel).await;
             let failure = made.as_ref().err().map(Error::in_one_line);
             if failure != pool.failure {
                 store.set_pool_failure(id, failure.as_deref())?;
@@ -422,11 +421,13 @@ impl Engine {
         &self,
         store: &mut Store,
         pool: &PoolRow,
-        digest: String,
+        image: ImageRow,
         kernel: String,
     ) -> Result<()> {
-        let spec = PoolSpec::of(pool).sandbox()?;
-        let row = self.insert(store, &spec, digest, kernel, Some(pool.id.clone()))?;
+        let mut spec = PoolSpec::of(pool).sandbox()?;
+        // What warms it meets what commands will meet.
+        spec.take_defaults(&image.config);
+        let row = self.insert(store, &spec, image.digest, kernel, Some(pool.id.clone()))?;
         let beginning = Beginning {
             snapshot: None,
             nic: pool.nic,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use smolvm_host::oci::ImageConfig;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::network::NetworkSpec;
 use crate::ports::{self, PublishedPort};
@@ -209,6 +211,23 @@ impl SandboxSpec {
         }
     }
 
+    /// Takes over what an image says where nothing else was asked for. Taking it over twice changes
+    /// nothing.
+    pub(crate) fn take_defaults(&mut self, image: &ImageConfig) {
+        let asked = std::mem::take(&mut self.env);
+        self.env = image.env.clone();
+        for (name, value) in asked {
+            self.env.retain(|(known, _)| *known != name);
+            self.env.push((name, value));
+        }
+        if self.workdir.is_none() {
+            self.workdir.clone_from(&image.workdir);
+        }
+        if self.user.is_none() {
+            self.user.clone_from(&image.user);
+        }
+    }
+
     /// Checks every value against its bounds.
     ///
     /// # Errors
@@ -317,6 +336,30 @@ mod tests {
             let error = bad.parse::<SandboxName>().expect_err(bad);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
         }
+    }
+
+    #[test]
+    fn what_was_asked_for_goes_before_what_the_image_says() {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let image = ImageConfig {
+            user: Some("app".to_owned()),
+            workdir: Some("/srv".to_owned()),
+            env: vec![pair("A", "image"), pair("B", "image")],
+            ..ImageConfig::default()
+        };
+        let mut spec = SandboxSpec::new("a".parse().expect("a name"));
+        spec.env = vec![pair("C", "own"), pair("A", "own")];
+        spec.user = Some("root".to_owned());
+        spec.take_defaults(&image);
+        let once = spec.clone();
+        spec.take_defaults(&image);
+        assert_eq!(spec, once);
+        assert_eq!(
+            spec.env,
+            [pair("B", "image"), pair("C", "own"), pair("A", "own")]
+        );
+        assert_eq!(spec.user.as_deref(), Some("root"));
+        assert_eq!(spec.workdir.as_deref(), Some("/srv"));
     }
 
     #[test]

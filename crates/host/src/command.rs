@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -75,6 +75,20 @@ impl Tool {
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
+    }
+
+    /// Gives it standard input.
+    pub(crate) fn input(mut self, bytes: &[u8]) -> Result<Self, HostError> {
+        let file = (|| {
+            let mut file = tempfile::tempfile()?;
+            file.write_all(bytes)?;
+            file.rewind()?;
+            Ok(file)
+        })();
+        let file =
+            file.map_err(|error| HostError::io("write the input of", &self.program, error))?;
+        self.command.stdin(Stdio::from(file));
+        Ok(self)
     }
 
     pub(crate) fn args<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(mut self, args: I) -> Self {

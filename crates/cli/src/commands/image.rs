@@ -1,13 +1,15 @@
 //! `smolvm image`: what sandboxes are made from.
 
+use std::path::PathBuf;
+
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
-use smolvm_engine::ImageInfo;
+use smolvm_engine::{ImageInfo, ImageName, Limits, LoadOptions, LoadSource};
 
-use super::{Context, Outcome};
-use crate::complete;
+use super::{Context, Outcome, block_on};
 use crate::report::CliError;
-use crate::units;
+use crate::signals::Signals;
+use crate::{complete, prepare, units};
 
 /// Characters of a digest shown in a table; as many as other tools show.
 const DIGEST_CHARS: usize = 12;
@@ -52,7 +54,162 @@ pub(super) fn json(image: &ImageInfo) -> Value {
         "size_bytes": image.size_bytes,
         "created_at": image.created_at,
         "source": image.source,
+        "manifest": image.manifest,
     })
+}
+
+/// Arguments of `image inspect`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  smolvm image inspect python:3.12-slim")]
+pub(crate) struct InspectArgs {
+    /// The image
+    #[arg(add = ArgValueCandidates::new(complete::images))]
+    name: String,
+}
+
+/// Shows everything about an image.
+pub(crate) fn inspect(args: &InspectArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let image = cx.engine(None)?.image(&args.name)?;
+    let config = &image.config;
+    let words = |words: &[String]| words.join(" ");
+    let said = |text: &Option<String>| text.clone().unwrap_or_default();
+    let mut lines = vec![
+        ("name", image.name.clone()),
+        ("digest", image.digest.clone()),
+        ("manifest", said(&image.manifest)),
+        ("size", units::show_bytes(image.size_bytes)),
+        ("created", image.created_at.to_string()),
+        ("source", image.source.clone()),
+        ("user", said(&config.user)),
+        ("workdir", said(&config.workdir)),
+        ("entrypoint", words(&config.entrypoint)),
+        ("cmd", words(&config.cmd)),
+    ];
+    for (name, value) in &config.env {
+        lines.push(("env", format!("{name}={value}")));
+    }
+    for (name, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
+        // An image is a stranger's: its words must not reach the terminal as they are.
+        cx.out
+            .line(&format!("{name:<12}{}", value.escape_debug()))?;
+    }
+    let mut data = json(&image);
+    data["config"] = json!({
+        "user": config.user,
+        "workdir": config.workdir,
+        "env": config.env.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>(),
+        "entrypoint": config.entrypoint,
+        "cmd": config.cmd,
+    });
+    Ok(json!({ "image": data }).into())
+}
+
+/// What an image may come to.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct LimitArgs {
+    /// Most an image may unpack to: 65536 (MiB), 64G
+    #[arg(long, value_name = "SIZE", value_parser = units::mib)]
+    #[arg(default_value_t = 65_536)]
+    max_size: u32,
+    /// Most entries the layers of an image may have
+    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().entries)]
+    max_entries: u64,
+}
+
+impl LimitArgs {
+    /// What was meant.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            bytes: u64::from(self.max_size) << 20,
+            entries: self.max_entries,
+        }
+    }
+}
+
+/// Arguments of `image load`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  docker save app:1 | smolvm image load
+  smolvm image load app.tar --name app:2
+
+Takes an OCI image layout, as a directory or archive, and what `docker save` writes; gzip and zstd are
+understood. An image of the same name is replaced; sandboxes made from it keep what they have.")]
+pub(crate) struct LoadArgs {
+    /// The archive, or `-` for standard input
+    #[arg(default_value = "-", value_name = "FILE")]
+    file: PathBuf,
+    /// Name of the image, in place of those in the archive: NAME or NAME:TAG
+    #[arg(short, long)]
+    name: Option<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// Takes images over.
+pub(crate) fn load(args: &LoadArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(None)?;
+    let stdin = args.file.as_os_str() == "-";
+    if stdin && cx.world.stdin_terminal {
+        return Err(CliError::usage(
+            "no archive was given, and standard input is a terminal",
+            "docker save IMAGE | smolvm image load",
+        ));
+    }
+    let options = LoadOptions {
+        name: args.name.as_deref().map(str::parse).transpose()?,
+        limits: args.limits.limits(),
+    };
+    let (sender, result) = std::sync::mpsc::channel();
+    let file = args.file.clone();
+    block_on(async {
+        let mut signals = Signals::install()?;
+        prepare::long(cx, &mut signals, move |meter, cancel| {
+            let mut stream = std::io::stdin();
+            let source = if stdin {
+                LoadSource::Stream(&mut stream)
+            } else {
+                LoadSource::Path(&file)
+            };
+            let loaded = engine.load_images(source, &options, meter, cancel)?;
+            // Somebody waits for it.
+            let _ = sender.send(loaded);
+            Ok(())
+        })
+        .await
+    })?;
+    let loaded = result.try_recv().unwrap_or_default();
+    let mut images = Vec::new();
+    for one in loaded {
+        cx.out.line(&one.image.name)?;
+        let mut image = json(&one.image);
+        image["replaced"] = json!(one.replaced);
+        images.push(image);
+    }
+    Ok(json!({ "images": images }).into())
+}
+
+/// Arguments of `image tag`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  smolvm image tag python:3.12-slim python:current
+
+Takes the name from an image that has it; sandboxes made from that keep what they have.")]
+pub(crate) struct TagArgs {
+    /// The image
+    #[arg(add = ArgValueCandidates::new(complete::images))]
+    image: String,
+    /// Its further name: NAME or NAME:TAG
+    name: String,
+}
+
+/// Gives an image a further name.
+pub(crate) fn tag(args: &TagArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let name: ImageName = args.name.parse()?;
+    let tagged = cx.engine(None)?.tag_image(&args.image, &name)?;
+    cx.out.line(name.as_str())?;
+    Ok(json!({ "image": json(&tagged.image), "replaced": tagged.replaced }).into())
 }
 
 /// Arguments of `image delete`.
@@ -71,9 +228,9 @@ pub(crate) struct DeleteArgs {
 /// Removes an image.
 pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
     let removed = cx.engine(None)?.remove_image(&args.name)?;
-    cx.out.line(&args.name)?;
+    cx.out.line(&removed.name)?;
     Ok(json!({
-        "deleted": [args.name],
+        "deleted": [removed.name],
         "digest": removed.digest,
         "freed_bytes": removed.freed_bytes,
     })

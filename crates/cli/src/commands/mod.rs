@@ -209,6 +209,9 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
+            Some(ImageCommand::Inspect(args)) => verb!("image.inspect", image::inspect, args),
+            Some(ImageCommand::Load(args)) => verb!("image.load", image::load, args),
+            Some(ImageCommand::Tag(args)) => verb!("image.tag", image::tag, args),
             Some(ImageCommand::Delete(args)) => verb!("image.delete", image::delete, args),
             None => ("image", Verb::Help(&["image"])),
         },

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use serde_json::json;
-use smolvm_engine::{Engine, ExecSpec, Session};
+use smolvm_engine::{DEFAULT_IMAGE, Engine, ExecSpec, ImageInfo, Session};
 
 use super::join::{self, Join};
 use super::machine::{self, Machine};
@@ -22,13 +22,21 @@ Examples:
   smolvm run -- python3 -c 'print(6*7)'
   echo data | smolvm run -- wc -c
   smolvm run -it bash
+  smolvm run --image alpine -- cat /etc/alpine-release
+
+Without a COMMAND the image's own is run: its ENTRYPOINT with its CMD. With one, COMMAND takes the
+place of CMD.
 
 The exit code is the command's own; 124 if --timeout ended it, 126 or 127 if it cannot be run,
 125 if the sandbox failed.")]
 pub(crate) struct Args {
-    /// The command and its arguments
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    /// The command and its arguments [default: that of the image]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    /// Program that COMMAND is the arguments of, in place of the image's ENTRYPOINT and CMD; empty for
+    /// none
+    #[arg(long, value_name = "PROGRAM", help_heading = "Command")]
+    entrypoint: Option<OsString>,
     #[command(flatten)]
     join: Join,
     /// Do not delete the sandbox afterwards; prints its name on standard error
@@ -50,10 +58,12 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let mut command = args.join.spec(cx, &args.command)?;
     let mut spec = args.machine.spec(cx, &engine)?;
     spec.ephemeral = !args.keep;
+    if args.command.is_empty() && args.entrypoint.is_none() && spec.image == DEFAULT_IMAGE {
+        return Err(no_command(&spec.image));
+    }
     if args.ssh {
         spec.ssh = Some(machine::ssh(&args.ssh_key)?);
     }
-    join::add_term(cx, &mut command, &spec.env);
     block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(
@@ -65,6 +75,13 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             spec.network.needs_device(),
         )
         .await?;
+        let image = engine.image(&spec.image)?;
+        command.argv = argv(args, &image)?;
+        join::add_term(
+            cx,
+            &mut command,
+            &[&spec.env[..], &image.config.env].concat(),
+        );
         let claimed = args.machine.claim_or_create(&engine, &mut spec).await?;
         let name = spec.name.as_str();
         prepare::note_emulation(cx, &engine);
@@ -89,6 +106,32 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             json!({ "vm": { "name": name }, "warnings": warnings }),
         ))
     })
+}
+
+/// What is run: what the user says, and where that is nothing, what the image says, as Docker does.
+fn argv(args: &Args, image: &ImageInfo) -> Result<Vec<OsString>, CliError> {
+    let of_image = |words: &[String]| words.iter().map(OsString::from).collect::<Vec<_>>();
+    let mut argv = match &args.entrypoint {
+        Some(program) if program.is_empty() => Vec::new(),
+        Some(program) => vec![program.clone()],
+        None => of_image(&image.config.entrypoint),
+    };
+    if !args.command.is_empty() {
+        argv.extend(args.command.iter().cloned());
+    } else if args.entrypoint.is_none() {
+        argv.extend(of_image(&image.config.cmd));
+    }
+    if argv.is_empty() {
+        return Err(no_command(&image.name));
+    }
+    Ok(argv)
+}
+
+fn no_command(image: &str) -> CliError {
+    CliError::usage(
+        format!("no command was given, and image `{image}` has none of its own"),
+        "smolvm run -- COMMAND",
+    )
 }
 
 /// Starts the sandbox, unless it came running, and runs the command in it. Also gives what the

@@ -1,8 +1,11 @@
-//! Which images are in use, and removing those that are not, in one step with the question.
+//! Images: rows in and out, which of them are in use, and removing those that are not, in one step with
+//! the question.
 
-use rusqlite::TransactionBehavior;
+use rusqlite::{Row, Transaction, TransactionBehavior, params};
+use smolvm_host::oci::{ImageConfig, Reference};
 
-use super::{Store, sql};
+use super::rows::{from_sql, instant, to_sql};
+use super::{ImageRow, Store, sql};
 use crate::error::Result;
 
 /// What removing an image's row came to.
@@ -27,7 +30,81 @@ pub(crate) struct Users {
     pub(crate) pools: u32,
 }
 
+const COLUMNS: &str = "name, digest, size_bytes, created_ms, source, manifest, user, workdir";
+
 impl Store {
+    /// Writes an image, in place of an older one of its name.
+    pub fn put_image(&mut self, image: &ImageRow) -> Result<()> {
+        let failed = |error| sql(format!("could not record image `{}`", image.name), error);
+        let transaction = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(failed)?;
+        insert(&transaction, image).map_err(failed)?;
+        transaction.commit().map_err(failed)
+    }
+
+    /// All images, by name.
+    pub fn images(&self) -> Result<Vec<ImageRow>> {
+        self.select_images("ORDER BY name", &[])
+    }
+
+    /// An image by its name: as it is written, or else as Docker would complete it.
+    pub fn image(&self, name: &str) -> Result<Option<ImageRow>> {
+        if let Some(image) = self.image_named(name)? {
+            return Ok(Some(image));
+        }
+        match name.parse::<Reference>() {
+            Ok(reference) => self.image_named(&reference.to_string()),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// An image by its name as it is written.
+    pub(crate) fn image_named(&self, name: &str) -> Result<Option<ImageRow>> {
+        Ok(self.select_images("WHERE name = ?", &[name])?.pop())
+    }
+
+    /// An image that was made of the manifest of this digest.
+    pub(crate) fn image_of_manifest(&self, digest: &str) -> Result<Option<ImageRow>> {
+        let mut images = self.select_images("WHERE manifest = ? ORDER BY name", &[digest])?;
+        images.truncate(1);
+        Ok(images.pop())
+    }
+
+    fn select_images(&self, clause: &str, values: &[&str]) -> Result<Vec<ImageRow>> {
+        let doing = "could not read the images in the state database";
+        self.read_images(clause, values)
+            .map_err(|error| sql(doing, error))
+    }
+
+    fn read_images(&self, clause: &str, values: &[&str]) -> rusqlite::Result<Vec<ImageRow>> {
+        let text = format!("SELECT {COLUMNS} FROM images {clause}");
+        let mut images: Vec<ImageRow> = self
+            .connection
+            .prepare_cached(&text)?
+            .query_map(rusqlite::params_from_iter(values), read)?
+            .collect::<rusqlite::Result<_>>()?;
+        for image in &mut images {
+            let mut env = self.connection.prepare_cached(
+                "SELECT name, value FROM image_env WHERE image = ? ORDER BY name",
+            )?;
+            image.config.env = env
+                .query_map([&image.name], |row| Ok((row.get(0)?, row.get(1)?)))?
+                .collect::<rusqlite::Result<_>>()?;
+            let mut words = self.connection.prepare_cached(
+                "SELECT word FROM image_words WHERE image = ? AND part = ? ORDER BY position",
+            )?;
+            let mut read = |part: &str| -> rusqlite::Result<Vec<String>> {
+                words
+                    .query_map([&image.name, part], |row| row.get(0))?
+                    .collect()
+            };
+            (image.config.entrypoint, image.config.cmd) = (read("entrypoint")?, read("cmd")?);
+        }
+        Ok(images)
+    }
+
     /// Removes an image's row, unless a sandbox or snapshot needs its root file system and no other
     /// image has it, or a pool names it.
     pub(crate) fn remove_image(&mut self, name: &str) -> Result<Removal> {
@@ -102,12 +179,63 @@ impl Store {
     }
 }
 
+fn read(row: &Row<'_>) -> rusqlite::Result<ImageRow> {
+    Ok(ImageRow {
+        name: row.get(0)?,
+        digest: row.get(1)?,
+        size_bytes: from_sql(row.get(2)?),
+        created_at: instant(row, 3)?,
+        source: row.get(4)?,
+        manifest: row.get(5)?,
+        config: ImageConfig {
+            user: row.get(6)?,
+            workdir: row.get(7)?,
+            ..ImageConfig::default()
+        },
+    })
+}
+
+fn insert(transaction: &Transaction<'_>, image: &ImageRow) -> rusqlite::Result<()> {
+    transaction.execute("DELETE FROM images WHERE name = ?", [&image.name])?;
+    transaction.execute(
+        &format!("INSERT INTO images ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"),
+        params![
+            image.name,
+            image.digest,
+            to_sql(image.size_bytes),
+            image.created_at.as_millisecond(),
+            image.source,
+            image.manifest,
+            image.config.user,
+            image.config.workdir,
+        ],
+    )?;
+    for (name, value) in &image.config.env {
+        transaction.execute(
+            "INSERT INTO image_env (image, name, value) VALUES (?, ?, ?)",
+            [&image.name, name, value],
+        )?;
+    }
+    let parts = [
+        ("entrypoint", &image.config.entrypoint),
+        ("cmd", &image.config.cmd),
+    ];
+    for (part, words) in parts {
+        for (position, word) in words.iter().enumerate() {
+            transaction.execute(
+                "INSERT INTO image_words (image, part, position, word) VALUES (?, ?, ?, ?)",
+                params![image.name, part, to_sql(position as u64), word],
+            )?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::store::ImageRow;
     use crate::store::rows::tests::row;
 
     fn image(name: &str, digest: &str) -> ImageRow {
@@ -117,7 +245,44 @@ mod tests {
             size_bytes: 1,
             created_at: Timestamp::UNIX_EPOCH,
             source: "a test".to_owned(),
+            manifest: None,
+            config: ImageConfig::default(),
         }
+    }
+
+    #[test]
+    fn an_image_comes_back_as_it_was_written() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut store = Store::open(&dir.path().join("state.db")).expect("a store");
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let mut full = image("python:3.12", "sha256:1");
+        full.manifest = Some("sha256:2".to_owned());
+        full.config = ImageConfig {
+            user: Some("app".to_owned()),
+            workdir: Some("/srv".to_owned()),
+            env: vec![pair("A", "1"), pair("PATH", "/bin")],
+            entrypoint: vec!["/init".to_owned(), "--".to_owned()],
+            cmd: vec!["b".to_owned(), "a".to_owned()],
+        };
+        store.put_image(&full).expect("written");
+        for name in ["python:3.12", "docker.io/library/python:3.12"] {
+            assert_eq!(store.image(name).expect("read").as_ref(), Some(&full));
+        }
+        assert_eq!(store.image("python").expect("read"), None);
+        let found = store.image_of_manifest("sha256:2").expect("read");
+        assert_eq!(found.as_ref(), Some(&full));
+        // One in its place has nothing of it.
+        full.config = ImageConfig::default();
+        store.put_image(&full).expect("written");
+        assert_eq!(store.images().expect("read"), [full]);
+        // A name without a tag is a name of its own, and goes before one with the usual tag.
+        store
+            .put_image(&image("box:latest", "sha256:3"))
+            .expect("written");
+        let digest = |store: &Store| store.image("box").expect("read").expect("there").digest;
+        assert_eq!(digest(&store), "sha256:3");
+        store.put_image(&image("box", "sha256:4")).expect("written");
+        assert_eq!(digest(&store), "sha256:4");
     }
 
     #[test]

@@ -34,6 +34,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0002_snapshots_and_pools.sql"),
     include_str!("../../schema/0003_ports.sql"),
     include_str!("../../schema/0004_network.sql"),
+    include_str!("../../schema/0005_oci.sql"),
     include_str!("../../schema/0006_ssh.sql"),
 ];
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use rusqlite::types::Type;
 use rusqlite::{Row, named_params, params};
+use smolvm_host::oci::ImageConfig;
 use smolvm_host::process::ProcessIdentity;
 
 use super::networks::{ALLOWED_OF_SANDBOX, insert_allowed, read_allowed};
@@ -171,6 +172,10 @@ pub struct ImageRow {
     pub created_at: Timestamp,
     /// Where it came from, for people.
     pub source: String,
+    /// Digest of its manifest, where a registry or archive gave it one.
+    pub manifest: Option<String>,
+    /// What it says of the commands that are run in it.
+    pub config: ImageConfig,
 }
 
 const SANDBOX_COLUMNS: &str = "id, name, state, reason, image, image_digest, kernel, cpus, memory_mib, \
@@ -286,6 +291,10 @@ impl Store {
         if claimed == 0 {
             return Ok(false);
         }
+        // A member has the environment of its image, and the new identity has it as well.
+        transaction
+            .execute("DELETE FROM sandbox_env WHERE sandbox_id = ?", [id])
+            .map_err(|error| sql(doing(), error))?;
         insert_env(&transaction, id, &new.env)
             .and_then(|()| insert_allowed(&transaction, ALLOWED_OF_SANDBOX, id, &new.network))
             .map_err(|error| sql(doing(), error))?;
@@ -528,52 +537,6 @@ impl Store {
             }
         }
         Ok(rows)
-    }
-
-    /// Writes an image, in place of an older one of its name.
-    pub fn put_image(&mut self, image: &ImageRow) -> Result<()> {
-        self.connection
-            .execute(
-                "INSERT OR REPLACE INTO images (name, digest, size_bytes, created_ms, source) \
-                 VALUES (?, ?, ?, ?, ?)",
-                params![
-                    image.name,
-                    image.digest,
-                    to_sql(image.size_bytes),
-                    image.created_at.as_millisecond(),
-                    image.source
-                ],
-            )
-            .map(|_| ())
-            .map_err(|error| sql(format!("could not record image `{}`", image.name), error))
-    }
-
-    /// All images, by name.
-    pub fn images(&self) -> Result<Vec<ImageRow>> {
-        let doing = "could not read the images in the state database";
-        self.connection
-            .prepare_cached(
-                "SELECT name, digest, size_bytes, created_ms, source FROM images ORDER BY name",
-            )
-            .and_then(|mut statement| {
-                statement
-                    .query_map([], |row| {
-                        Ok(ImageRow {
-                            name: row.get(0)?,
-                            digest: row.get(1)?,
-                            size_bytes: from_sql(row.get(2)?),
-                            created_at: instant(row, 3)?,
-                            source: row.get(4)?,
-                        })
-                    })
-                    .and_then(Iterator::collect)
-            })
-            .map_err(|error| sql(doing, error))
-    }
-
-    /// An image by its name.
-    pub fn image(&self, name: &str) -> Result<Option<ImageRow>> {
-        Ok(self.images()?.into_iter().find(|image| image.name == name))
     }
 
     /// Something measured on this host since it was started, by its name.

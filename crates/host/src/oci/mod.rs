@@ -4,6 +4,8 @@
 //! ```text
 //! archive    an `oci-layout` directory or archive, or what `docker save` writes: finds the images
 //! unpack     layers, whatever they are compressed with, to one EROFS image; checks every digest
+//! registry   pulling: finds an image, and brings its layers to files
+//! reference  names of images, as Docker completes them
 //! spec       the descriptions themselves, and what of them is kept
 //! ```
 //!
@@ -13,13 +15,17 @@
 
 mod archive;
 mod digest;
+mod reference;
+mod registry;
 mod spec;
 mod unpack;
 
 pub use archive::{Archive, ArchivedImage};
 pub use digest::{Digest, DigestError};
+pub use reference::{DEFAULT_REGISTRY, Reference, ReferenceError};
+pub use registry::{ProxySettings, RegistrySettings, Remote, RemoteLayer};
 pub use spec::{ImageConfig, Platform};
-pub use unpack::{OciRequest, unpack_image};
+pub use unpack::{Layer, OciRequest, unpack_image};
 
 #[cfg(test)]
 mod tests;

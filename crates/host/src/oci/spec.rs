@@ -31,6 +31,19 @@ pub(crate) struct Descriptor {
     pub(crate) platform: Option<Platform>,
 }
 
+impl Descriptor {
+    /// In the place of one that is not known yet.
+    pub(crate) fn nothing() -> Self {
+        Self {
+            media_type: String::new(),
+            digest: Digest::of(b""),
+            size: 0,
+            annotations: None,
+            platform: None,
+        }
+    }
+}
+
 /// What an image runs on.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Platform {

@@ -52,6 +52,8 @@ impl Home {
                 size_bytes: 0,
                 created_at: jiff::Timestamp::UNIX_EPOCH,
                 source: "a test".to_owned(),
+                manifest: None,
+                config: smolvm_engine::ImageConfig::default(),
             })
             .expect("an image");
         home
