@@ -316,6 +316,8 @@ pub(crate) struct Image {
 /// The verbs of `smolvm image`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
+    /// Pull an image from a registry
+    Pull(image::PullArgs),
     /// List the images on this host
     #[command(alias = "ls")]
     List(image::ListArgs),
@@ -323,11 +325,15 @@ pub(crate) enum ImageCommand {
     Inspect(image::InspectArgs),
     /// Take over images from an archive
     Load(image::LoadArgs),
+    /// Write images as an archive
+    Save(image::SaveArgs),
     /// Give an image a further name
     Tag(image::TagArgs),
     /// Remove an image that no sandbox needs
     #[command(alias = "rm")]
     Delete(image::DeleteArgs),
+    /// Remove what no image needs, or every image that nothing needs
+    Prune(image::PruneArgs),
 }
 
 /// `smolvm kernel`.

@@ -1,7 +1,7 @@
 //! Making sure that the kernel and an image are there, before a sandbox needs them.
 
 use serde_json::{Value, json};
-use smolvm_engine::{Cancel, Engine, ErrorKind, KernelChoice};
+use smolvm_engine::{Cancel, Engine, ErrorKind, KernelChoice, PullPolicy};
 
 use crate::commands::Context;
 use crate::output;
@@ -63,6 +63,29 @@ pub(crate) async fn long(
             }
         }
     }
+}
+
+/// Pulls `image`, if the policy says so.
+///
+/// # Errors
+///
+/// As [`long`].
+pub(crate) async fn pull(
+    cx: &Context,
+    engine: &Engine,
+    signals: &mut Signals,
+    image: &str,
+    policy: PullPolicy,
+) -> Result<(), CliError> {
+    if !engine.needs_pull(image, policy)? {
+        return Ok(());
+    }
+    let (engine, image) = (engine.clone(), image.to_owned());
+    long(cx, signals, move |meter, cancel| {
+        engine.require_image(&image, policy, meter, cancel)
+    })
+    .await
+    .map(drop)
 }
 
 /// Makes `image` and the kernel ready, if they are not, for sandboxes with a network or without.

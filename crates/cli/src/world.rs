@@ -2,12 +2,15 @@
 //!
 //! No other file of this crate reads the environment.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
-use smolvm_engine::{Config, NetworkConfig, SETTINGS_NAME, Settings};
+use smolvm_engine::{
+    Config, NetworkConfig, ProxySettings, RegistrySettings, SETTINGS_NAME, Settings,
+};
 
 use crate::args::Globals;
 use crate::report::CliError;
@@ -28,6 +31,8 @@ pub(crate) struct World {
     pub(crate) completing: bool,
     /// Whether standard input is a terminal.
     pub(crate) stdin_terminal: bool,
+    /// Whether standard output is a terminal.
+    pub(crate) stdout_terminal: bool,
     /// Whether standard error is a terminal.
     pub(crate) stderr_terminal: bool,
     /// The terminal's type, `TERM`.
@@ -41,6 +46,7 @@ impl World {
             args: env::args_os().collect(),
             completing: set(COMPLETE_VARIABLE).is_some_and(|value| value != "0"),
             stdin_terminal: std::io::stdin().is_terminal(),
+            stdout_terminal: std::io::stdout().is_terminal(),
             stderr_terminal: std::io::stderr().is_terminal(),
             term: set("TERM").and_then(|term| term.into_string().ok()),
         }
@@ -97,6 +103,7 @@ impl World {
                 prefix: settings.network.prefix.net(),
                 ..NetworkConfig::default()
             },
+            registries: registries(),
             boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
             settings,
         })
@@ -118,6 +125,54 @@ fn settings(path: &Path) -> Result<Settings, CliError> {
         }
         Err(error) => Err(CliError::io(format!("reading {}", path.display()), error)),
     }
+}
+
+/// How to reach registries of images.
+fn registries() -> RegistrySettings {
+    let text = |name: &str| set(name).and_then(|value| value.into_string().ok());
+    // curl and Go know both spellings.
+    let either = |name: &str| text(name).or_else(|| text(&name.to_uppercase()));
+    RegistrySettings {
+        auth_files: auth_files(&|name| set(name).map(PathBuf::from)),
+        mirrors: mirrors(&text("SMOLVM_REGISTRY_MIRRORS").unwrap_or_default()),
+        plain_http: Vec::new(),
+        proxy: ProxySettings {
+            https: either("https_proxy").or_else(|| either("all_proxy")),
+            none_for: either("no_proxy"),
+        },
+    }
+}
+
+/// Where Docker and Podman keep credentials, as containers-auth.json(5) and Docker's manual say.
+fn auth_files(set: &dyn Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let home = set("HOME");
+    let at_home = |path: &str| home.as_ref().map(|home| home.join(path));
+    let below = |dir: &str, path: &str| set(dir).map(|dir| dir.join(path));
+    [
+        set("REGISTRY_AUTH_FILE"),
+        below("XDG_RUNTIME_DIR", "containers/auth.json"),
+        below("XDG_CONFIG_HOME", "containers/auth.json")
+            .or_else(|| at_home(".config/containers/auth.json")),
+        below("DOCKER_CONFIG", "config.json").or_else(|| at_home(".docker/config.json")),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// `REGISTRY=MIRROR`, several with commas between.
+fn mirrors(text: &str) -> BTreeMap<String, Vec<String>> {
+    let mut mirrors: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let pairs = text
+        .split(',')
+        .filter_map(|pair| pair.trim().split_once('='));
+    for (registry, mirror) in pairs {
+        mirrors
+            .entry(registry.trim().to_owned())
+            .or_default()
+            .push(mirror.trim().to_owned());
+    }
+    mirrors
 }
 
 /// A variable that is set to something.
@@ -194,6 +249,47 @@ mod tests {
             Some("/home/a/.local/state/smolvm")
         );
         assert_eq!(dir(false, None, None), None);
+    }
+
+    #[test]
+    fn credentials_are_looked_for_where_others_keep_them() {
+        let files = |variables: &[(&str, &str)]| {
+            let set = |name: &str| {
+                let mut found = variables.iter().filter(|(known, _)| *known == name);
+                found.next().map(|(_, value)| PathBuf::from(value))
+            };
+            let files = auth_files(&set).into_iter();
+            files
+                .map(|file| file.display().to_string())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            files(&[("HOME", "/h")]),
+            ["/h/.config/containers/auth.json", "/h/.docker/config.json"]
+        );
+        assert_eq!(
+            files(&[
+                ("HOME", "/h"),
+                ("REGISTRY_AUTH_FILE", "/r"),
+                ("XDG_RUNTIME_DIR", "/x"),
+                ("DOCKER_CONFIG", "/d"),
+            ]),
+            [
+                "/r",
+                "/x/containers/auth.json",
+                "/h/.config/containers/auth.json",
+                "/d/config.json"
+            ]
+        );
+        assert_eq!(files(&[]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn mirrors_are_pairs() {
+        let found = mirrors("docker.io=https://a/x, docker.io = b ,ghcr.io=c,junk,");
+        assert_eq!(found["docker.io"], ["https://a/x", "b"]);
+        assert_eq!(found["ghcr.io"], ["c"]);
+        assert_eq!(found.len(), 2);
     }
 
     #[test]

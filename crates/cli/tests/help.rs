@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 63] = [
+const COMMANDS: [&str; 69] = [
     "",
     "run",
     "create",
@@ -55,6 +55,12 @@ const COMMANDS: [&str; 63] = [
     "network reset",
     "image",
     "image list",
+    "image pull",
+    "image inspect",
+    "image load",
+    "image save",
+    "image tag",
+    "image prune",
     "image delete",
     "kernel",
     "kernel build",

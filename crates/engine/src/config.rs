@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use smolvm_host::oci::RegistrySettings;
 
 use crate::network::NetworkConfig;
 use crate::settings::Settings;
@@ -25,6 +26,9 @@ pub struct Config {
     pub templates: bool,
     /// How the networks of sandboxes are made.
     pub network: NetworkConfig,
+    /// How to reach registries of images. Not handed on to processes that only start sandboxes.
+    #[serde(skip)]
+    pub registries: RegistrySettings,
     /// Most time a guest may take from start to ready.
     pub boot_timeout: Duration,
     /// What the owner of the data directory has set.

@@ -1142,7 +1142,9 @@ impl Engine {
             }
         }
         let turn = self.assets().names_turn()?;
-        for path in self.assets().unused_images(&store, &turn)? {
+        let mut unused = self.assets().unused_images(&store, &turn)?;
+        unused.extend(self.assets().idle_downloads()?);
+        for path in unused {
             pruned.push(Pruned {
                 kind: "leftover",
                 name: path.display().to_string(),

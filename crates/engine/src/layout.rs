@@ -5,6 +5,7 @@
 //! state.db                         the store
 //! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
 //! images/.making-*, .removed-*     images on their way in and out
+//! images/downloads/                layers of images that are being pulled, and locks of pulls
 //! kernels/<key>/                   vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
@@ -53,6 +54,12 @@ impl Layout {
     #[must_use]
     pub fn image(&self, digest: &str) -> PathBuf {
         self.images().join(digest.replace(':', "-"))
+    }
+
+    /// Layers of images that are being pulled.
+    #[must_use]
+    pub fn downloads(&self) -> PathBuf {
+        self.images().join("downloads")
     }
 
     /// All kernels.

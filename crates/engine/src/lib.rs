@@ -74,14 +74,14 @@ pub use listener::GuestListener;
 pub use network::{
     ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
 };
-pub use oci::{LoadOptions, LoadSource, Loaded};
+pub use oci::{LoadOptions, LoadSource, Loaded, PullPolicy, Pulled};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use settings::{NetworkSettings, SETTINGS_NAME, Settings, SshSettings};
 pub use smolvm_host::cancel::Cancel;
 pub use smolvm_host::image::Limits;
-pub use smolvm_host::oci::{ImageConfig, Reference};
+pub use smolvm_host::oci::{ImageConfig, ProxySettings, Reference, RegistrySettings};
 pub use smolvm_proto::socket::{Endpoint, Internet};
 pub use snapshots::{FORK_CHILDREN_MAX, Fork, Forked, SnapshotInfo};
 pub use spec::{

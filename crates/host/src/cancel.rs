@@ -1,11 +1,12 @@
 //! A handle by which one thread stops a long operation that another is blocked in.
 
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::error::{HostError, HostErrorKind};
 
@@ -61,11 +62,39 @@ impl Cancel {
         self.inner.event.as_fd()
     }
 
+    /// Reads `fd`, and ends with an error as soon as it is cancelled, also while it waits for more.
+    #[must_use]
+    pub fn reader<'a>(&'a self, fd: BorrowedFd<'a>) -> CancelReader<'a> {
+        CancelReader { fd, cancel: self }
+    }
+
     pub(crate) fn check(&self, doing: &'static str, thing: &str) -> Result<(), HostError> {
         if self.is_cancelled() {
             return Err(HostError::new(HostErrorKind::Interrupted, doing, thing)
                 .because("it was cancelled"));
         }
         Ok(())
+    }
+}
+
+/// See [`Cancel::reader`].
+#[derive(Debug)]
+pub struct CancelReader<'a> {
+    fd: BorrowedFd<'a>,
+    cancel: &'a Cancel,
+}
+
+impl Read for CancelReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.fd, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.cancel.event(), PollFlags::IN),
+        ];
+        rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+        if self.cancel.is_cancelled() {
+            // Not `Interrupted`, after which a reader would try again.
+            return Err(io::Error::other("cancelled"));
+        }
+        Ok(rustix::io::read(self.fd, buffer)?)
     }
 }

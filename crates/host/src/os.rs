@@ -48,6 +48,19 @@ pub struct Lock {
     file: File,
 }
 
+impl Lock {
+    /// Whether the file that is locked is the one at `path` now. Where a holder removes the file of a
+    /// lock, whoever gets it after that has locked nothing, and is to try again.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        match (self.file.metadata(), fs::symlink_metadata(path)) {
+            (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+            _ => false,
+        }
+    }
+}
+
 impl From<Lock> for std::os::fd::OwnedFd {
     /// The open file that holds the lock. A process that inherits it holds the lock too (flock(2)),
     /// so a lock can be handed to a child without a moment in which nobody has it.

@@ -19,6 +19,7 @@
 mod assets;
 mod binaries;
 mod home;
+mod images;
 mod invocation;
 mod lab;
 mod machines;
@@ -28,6 +29,7 @@ mod watch;
 pub use assets::Assets;
 pub use binaries::Binaries;
 pub use home::{Home, HomeBuilder, Sandbox};
+pub use images::{Entry, Registry, TestImage};
 pub use invocation::{Finished, Invocation, Running};
 pub use lab::{
     HELLO_PORT, HOST, Lab, METADATA, Namespace, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,

@@ -33,13 +33,14 @@ pub(crate) struct Args {
 
 /// Creates the sandbox, and starts it.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
-    let engine = cx.engine(args.machine.boot_timeout)?;
+    let engine = cx.engine_with(args.machine.boot_timeout, &args.machine.plain_http)?;
     let mut spec = args.machine.spec(cx, &engine)?;
     if !args.no_ssh {
         spec.ssh = Some(machine::ssh(&args.ssh_key)?);
     }
     let (info, warnings) = block_on(async {
         let mut signals = Signals::install()?;
+        prepare::pull(cx, &engine, &mut signals, &spec.image, args.machine.pull()).await?;
         prepare::image(
             cx,
             &engine,

@@ -165,9 +165,8 @@ pub(crate) fn load(args: &LoadArgs, cx: &Context) -> Result<Outcome, CliError> {
     block_on(async {
         let mut signals = Signals::install()?;
         prepare::long(cx, &mut signals, move |meter, cancel| {
-            let mut stream = std::io::stdin();
             let source = if stdin {
-                LoadSource::Stream(&mut stream)
+                LoadSource::Stream(rustix::stdio::stdin())
             } else {
                 LoadSource::Path(&file)
             };
@@ -187,6 +186,141 @@ pub(crate) fn load(args: &LoadArgs, cx: &Context) -> Result<Outcome, CliError> {
         images.push(image);
     }
     Ok(json!({ "images": images }).into())
+}
+
+/// Arguments of `image pull`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  smolvm image pull python:3.12-slim
+  smolvm image pull registry.example/me/app@sha256:…
+
+Names are completed as Docker does: `python` is `docker.io/library/python:latest`. Credentials are
+those of `docker login` and `podman login`; SMOLVM_REGISTRY_MIRRORS=docker.io=https://mirror.example
+names mirrors. What an interrupted pull brought is used by the next.")]
+pub(crate) struct PullArgs {
+    /// The image: NAME, NAME:TAG or NAME@DIGEST
+    image: String,
+    /// Registry that may be asked without encryption; those on this host always may
+    #[arg(long, value_name = "HOST")]
+    plain_http: Vec<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// Pulls an image.
+pub(crate) fn pull(args: &PullArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine_with(None, &args.plain_http)?;
+    let (name, limits) = (args.image.clone(), args.limits.limits());
+    let (sender, result) = std::sync::mpsc::channel();
+    let timed = block_on(async {
+        let mut signals = Signals::install()?;
+        prepare::long(cx, &mut signals, move |meter, cancel| {
+            let pulled = engine.pull_image(&name, limits, meter, cancel)?;
+            // Somebody waits for it.
+            let _ = sender.send(pulled);
+            Ok(())
+        })
+        .await
+    })?;
+    let Ok(pulled) = result.try_recv() else {
+        return Err(CliError::Interrupted);
+    };
+    if pulled.known {
+        cx.out.status("it was there already");
+    }
+    cx.out.line(&pulled.image.name)?;
+    Ok(json!({
+        "image": json(&pulled.image),
+        "replaced": pulled.replaced,
+        "pulled": !pulled.known,
+        "phases": prepare::phases(&timed),
+    })
+    .into())
+}
+
+/// Arguments of `image save`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  smolvm image save tools:v1 -o tools.tar
+  smolvm image save tools:v1 | docker load
+
+The archive is an OCI image layout, and what `docker load` takes. Each image has one layer.")]
+pub(crate) struct SaveArgs {
+    /// The images
+    #[arg(required = true, add = ArgValueCandidates::new(complete::images))]
+    images: Vec<String>,
+    /// The archive, or `-` for standard output; one that is there is replaced
+    #[arg(short, long, default_value = "-", value_name = "FILE")]
+    output: PathBuf,
+}
+
+/// Writes images as an archive.
+pub(crate) fn save(args: &SaveArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let engine = cx.engine(None)?;
+    let stdout = args.output.as_os_str() == "-";
+    if stdout && (cx.out.json || cx.world.stdout_terminal) {
+        return Err(CliError::usage(
+            "an archive is nothing for a terminal or for JSON",
+            "smolvm image save IMAGE -o FILE",
+        ));
+    }
+    for image in &args.images {
+        // Before a file is made.
+        engine.image(image)?;
+    }
+    let (images, output) = (args.images.clone(), args.output.clone());
+    block_on(async {
+        let mut signals = Signals::install()?;
+        prepare::long(cx, &mut signals, move |meter, cancel| {
+            if stdout {
+                let mut out = std::io::stdout().lock();
+                engine.save_images(&images, &mut out, meter, cancel)
+            } else {
+                engine.save_images_to(&images, &output, meter, cancel)
+            }
+        })
+        .await
+    })?;
+    Ok(json!({ "images": args.images, "file": args.output }).into())
+}
+
+/// Arguments of `image prune`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  smolvm image prune
+  smolvm image prune --all --dry-run
+
+Without --all only what killed processes and interrupted pulls have left goes. The default image stays.")]
+pub(crate) struct PruneArgs {
+    /// Also every image that no sandbox, snapshot or pool needs
+    #[arg(short, long)]
+    all: bool,
+    /// Only say what would be removed
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Removes what is not needed.
+pub(crate) fn prune(args: &PruneArgs, cx: &Context) -> Result<Outcome, CliError> {
+    let pruned = cx.engine(None)?.prune_images(args.all, args.dry_run)?;
+    let bytes: u64 = pruned.iter().map(|one| one.bytes).sum();
+    for one in &pruned {
+        let size = units::show_bytes(one.bytes);
+        cx.out
+            .line(&format!("{} {} ({size})", one.kind, one.name))?;
+    }
+    let things = pruned.iter();
+    let things =
+        things.map(|one| json!({ "kind": one.kind, "name": one.name, "bytes": one.bytes }));
+    Ok(json!({
+        "dry_run": args.dry_run,
+        "pruned": things.collect::<Vec<_>>(),
+        "bytes": bytes,
+    })
+    .into())
 }
 
 /// Arguments of `image tag`.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use smolvm_engine::{
     Allowed, CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind,
-    KernelChoice, MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, Reach, SandboxInfo, SandboxSpec,
-    Session, SshSpec,
+    KernelChoice, MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo,
+    SandboxSpec, Session, SshSpec,
 };
 
 use super::Context;
@@ -20,7 +20,7 @@ const NAMES_TRIED: usize = 16;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Sandbox")]
 pub(crate) struct Shape {
-    /// Image of its root file system
+    /// Image of its root file system: one on this host, or the name of an OCI image
     #[arg(long, default_value = DEFAULT_IMAGE)]
     pub(crate) image: String,
     #[command(flatten)]
@@ -113,10 +113,16 @@ pub(crate) struct Machine {
     /// File of NAME=VALUE lines for the same
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
-    /// Directory its commands start in
+    /// When to pull the image
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Pull::Missing)]
+    pull: Pull,
+    /// Registry that may be asked without encryption; those on this host always may
+    #[arg(long, value_name = "HOST")]
+    pub(crate) plain_http: Vec<String>,
+    /// Directory its commands start in [default: that of the image]
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<String>,
-    /// User its commands run as [default: root]
+    /// User its commands run as [default: that of the image, else root]
     #[arg(short, long)]
     user: Option<String>,
     /// Publish a port: [IP:][HOST:]GUEST[/tcp|/udp], such as 8080:80; without IP only this host reaches
@@ -178,6 +184,14 @@ enum Policy {
     Open,
 }
 
+/// When an image is pulled; see [`PullPolicy`].
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Pull {
+    Missing,
+    Always,
+    Never,
+}
+
 /// Where changes go; see [`DiskMode`].
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Mode {
@@ -219,6 +233,15 @@ impl Machine {
     /// Whether it is to have ports of the host.
     pub(crate) fn publishes(&self) -> bool {
         !self.publish.is_empty()
+    }
+
+    /// When its image is to be pulled.
+    pub(crate) fn pull(&self) -> PullPolicy {
+        match self.pull {
+            Pull::Missing => PullPolicy::Missing,
+            Pull::Always => PullPolicy::Always,
+            Pull::Never => PullPolicy::Never,
+        }
     }
 
     /// Creates the sandbox. A generated name that another process took meanwhile is replaced.

@@ -71,7 +71,22 @@ impl Context {
     ///
     /// [`CliError::Usage`] if nothing says where to keep state.
     pub(crate) fn engine(&self, boot_timeout: Option<Duration>) -> Result<Engine, CliError> {
-        Ok(Engine::new(self.world.config(&self.globals, boot_timeout)?))
+        self.engine_with(boot_timeout, &[])
+    }
+
+    /// The same, with registries that may be asked without encryption.
+    ///
+    /// # Errors
+    ///
+    /// As [`Context::engine`].
+    pub(crate) fn engine_with(
+        &self,
+        boot_timeout: Option<Duration>,
+        plain_http: &[String],
+    ) -> Result<Engine, CliError> {
+        let mut config = self.world.config(&self.globals, boot_timeout)?;
+        config.registries.plain_http = plain_http.to_vec();
+        Ok(Engine::new(config))
     }
 }
 
@@ -209,6 +224,9 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
+            Some(ImageCommand::Pull(args)) => verb!("image.pull", image::pull, args),
+            Some(ImageCommand::Save(args)) => verb!("image.save", image::save, args),
+            Some(ImageCommand::Prune(args)) => verb!("image.prune", image::prune, args),
             Some(ImageCommand::Inspect(args)) => verb!("image.inspect", image::inspect, args),
             Some(ImageCommand::Load(args)) => verb!("image.load", image::load, args),
             Some(ImageCommand::Tag(args)) => verb!("image.tag", image::tag, args),

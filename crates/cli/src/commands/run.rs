@@ -54,7 +54,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
-    let engine = cx.engine(args.machine.boot_timeout)?;
+    let engine = cx.engine_with(args.machine.boot_timeout, &args.machine.plain_http)?;
     let mut command = args.join.spec(cx, &args.command)?;
     let mut spec = args.machine.spec(cx, &engine)?;
     spec.ephemeral = !args.keep;
@@ -66,6 +66,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     }
     block_on(async {
         let mut signals = Signals::install()?;
+        prepare::pull(cx, &engine, &mut signals, &spec.image, args.machine.pull()).await?;
         prepare::image(
             cx,
             &engine,

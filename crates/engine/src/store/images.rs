@@ -153,6 +153,20 @@ impl Store {
         })
     }
 
+    /// Whether a sandbox, snapshot or pool needs an image, whatever other name it has.
+    pub(crate) fn needs_image(&self, image: &ImageRow) -> Result<bool> {
+        self.connection
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM sandboxes WHERE image_digest = ?1) \
+                 OR EXISTS (SELECT 1 FROM snapshots WHERE image_digest = ?1) \
+                 OR EXISTS (SELECT 1 FROM pools WHERE image = ?2)",
+            )
+            .and_then(|mut statement| {
+                statement.query_row([&image.digest, &image.name], |row| row.get(0))
+            })
+            .map_err(|error| sql("could not read which images are in use", error))
+    }
+
     /// The digests of all root file systems that an image, a sandbox or a snapshot needs.
     pub(crate) fn digests_in_use(&self) -> Result<Vec<String>> {
         self.connection

@@ -17,11 +17,13 @@
 //! inodes and small files wait in memory. Why not mkfs.erofs or a crate: see
 //! `docs/decisions/0002-erofs-writer.md`.
 
+mod export;
 mod tree;
 
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 
+pub use self::export::export_tar;
 use self::tree::{Body, Children, Chunks, Tree};
 use super::archive::{Entry, Kind, Reader};
 

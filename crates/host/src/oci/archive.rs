@@ -276,6 +276,8 @@ impl Archive {
                     let key = image.manifest.expect("it was found by its digest");
                     let known = images.entry(key).or_insert_with(|| ArchivedImage {
                         names: Vec::new(),
+                        // What its name leads to, as in a registry.
+                        manifest: Some(entry.digest),
                         ..image
                     });
                     known.names.extend(names(&entry));

@@ -6,6 +6,7 @@
 //! unpack     layers, whatever they are compressed with, to one EROFS image; checks every digest
 //! registry   pulling: finds an image, and brings its layers to files
 //! reference  names of images, as Docker completes them
+//! save       images out again, as an archive
 //! spec       the descriptions themselves, and what of them is kept
 //! ```
 //!
@@ -17,6 +18,7 @@ mod archive;
 mod digest;
 mod reference;
 mod registry;
+mod save;
 mod spec;
 mod unpack;
 
@@ -24,6 +26,7 @@ pub use archive::{Archive, ArchivedImage};
 pub use digest::{Digest, DigestError};
 pub use reference::{DEFAULT_REGISTRY, Reference, ReferenceError};
 pub use registry::{ProxySettings, RegistrySettings, Remote, RemoteLayer};
+pub use save::{SavedImage, save_images};
 pub use spec::{ImageConfig, Platform};
 pub use unpack::{Layer, OciRequest, unpack_image};
 

@@ -465,3 +465,95 @@ fn cancelling_stops_it() {
     assert_eq!(error.kind(), HostErrorKind::Interrupted);
     assert!(!bench.path("images/own").exists());
 }
+
+#[test]
+fn what_is_saved_can_be_loaded_and_is_the_same() {
+    let bench = Bench::new();
+    let long = "deep/".repeat(40) + "file";
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut add = |kind: tar::EntryType, path: &str, target: &str, data: &[u8], device: u32| {
+        builder
+            .append_pax_extensions([
+                ("mtime", &b"12.000000345"[..]),
+                ("SCHILY.xattr.user.a%3Db", &b"1\n\0"[..]),
+            ])
+            .unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o4751);
+        header.set_uid(70_000);
+        header.set_gid(3);
+        header.set_size(data.len() as u64);
+        header.set_device_major(device).unwrap();
+        header.set_device_minor(device * 300).unwrap();
+        if target.is_empty() {
+            builder.append_data(&mut header, path, data).unwrap();
+        } else {
+            builder.append_link(&mut header, path, target).unwrap();
+        }
+    };
+    use tar::EntryType as T;
+    let large: Vec<u8> = (0..10_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    add(T::Directory, "a", "", b"", 0);
+    add(T::Regular, "a/large", "", &large, 0);
+    add(T::Regular, &long, "", b"small", 0);
+    add(T::Regular, "a/empty", "", b"", 0);
+    // Long enough to be searched for holes.
+    add(
+        T::Regular,
+        "a/holes",
+        "",
+        &[vec![0; 20 << 20], vec![1]].concat(),
+        0,
+    );
+    add(T::Link, "a/hard", &long, b"", 0);
+    add(T::Symlink, "a/link", &"target/".repeat(40), b"", 0);
+    add(T::Char, "a/char", "", b"", 7);
+    add(T::Block, "a/block", "", b"", 8);
+    add(T::Fifo, "a/fifo", "", b"", 0);
+    let first = layer(&[]);
+    let files = layout(&[(first, plain), (builder.into_inner().unwrap(), gzip)]);
+    let (image, made) = bench.make(&bench.archive(&files)).unwrap();
+    let save = |made: &Image| {
+        let saved = SavedImage {
+            name: "own:1".parse().unwrap(),
+            created: "2026-01-02T03:04:05Z".to_owned(),
+            config: image.config.clone(),
+            root: fs::File::open(made.root()).unwrap(),
+        };
+        let mut bytes = Vec::new();
+        save_images(&[saved], &mut bytes, &bench.cancel).unwrap();
+        bytes
+    };
+    let bytes = save(&made);
+    let path = bench.path("saved.tar");
+    fs::write(&path, &bytes).unwrap();
+    let tree = |image: &Image| {
+        let mut listing = Vec::new();
+        crate::image::erofs::export_tar(&fs::File::open(image.root()).unwrap(), &mut listing)
+            .unwrap();
+        listing
+    };
+    let before = tree(&made);
+    let (again, loaded) = bench.make(&bench.open(&path).unwrap()).unwrap();
+    assert_eq!(
+        (again.names, again.config),
+        (vec!["own:1".to_owned()], image.config.clone())
+    );
+    assert!(tree(&loaded) == before, "the trees differ");
+    // As the layout it is as well.
+    let dir = bench.path("as-layout");
+    fs::create_dir(&dir).unwrap();
+    tar::Archive::new(bytes.as_slice()).unpack(&dir).unwrap();
+    fs::remove_file(dir.join("manifest.json")).unwrap();
+    let (again, loaded) = bench.make(&bench.open(&dir).unwrap()).unwrap();
+    assert_eq!(again.names, ["docker.io/library/own:1"]);
+    assert!(tree(&loaded) == before, "the trees differ");
+    // GNU tar understands it.
+    let list = std::process::Command::new("tar")
+        .args(["-xOf"])
+        .arg(&path)
+        .arg("manifest.json")
+        .output();
+    assert!(list.unwrap().status.success());
+}

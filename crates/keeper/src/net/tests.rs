@@ -114,6 +114,7 @@ impl Home {
             templates: false,
             network: self.network(),
             settings: smolvm_engine::Settings::default(),
+            registries: smolvm_engine::RegistrySettings::default(),
             boot_timeout: Duration::from_secs(1),
         })
     }

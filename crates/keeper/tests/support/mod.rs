@@ -86,6 +86,7 @@ impl Home {
             boot_timeout: Duration::from_secs(20),
             settings: Settings::default(),
             network: smolvm_engine::NetworkConfig::default(),
+            registries: smolvm_engine::RegistrySettings::default(),
         }
     }
 

@@ -10,6 +10,7 @@ mod guest;
 mod images;
 mod life;
 mod network;
+mod oci;
 mod pools;
 mod ports;
 mod run;

@@ -474,7 +474,7 @@ impl Tree {
 }
 
 /// `EROFS_XATTR_INDEX_*`: the number that stands for the beginning of a name.
-const PREFIXES: [(u8, &[u8]); 5] = [
+pub(super) const PREFIXES: [(u8, &[u8]); 5] = [
     (1, b"user."),
     (2, b"system.posix_acl_access"),
     (3, b"system.posix_acl_default"),

@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
 use serde::Deserialize;
 use ureq::Body;
 use ureq::http::{Response, StatusCode};
@@ -104,6 +104,13 @@ pub struct RemoteLayer {
 }
 
 impl RemoteLayer {
+    /// Name of the file that [`Remote::fetch`] brings it to. Until it is whole the file has the
+    /// extension `partial`.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        format!("sha256-{}", self.digest.hex())
+    }
+
     /// The layer to unpack, from the file it was brought to.
     #[must_use]
     pub fn layer(self, file: File) -> Layer<'static> {
@@ -469,7 +476,7 @@ impl Remote {
         dir: &Path,
         progress: &mut dyn FnMut(u64),
     ) -> Result<File, HostError> {
-        let place = dir.join(format!("sha256-{}", layer.digest.hex()));
+        let place = dir.join(layer.file_name());
         let partial = place.with_extension("partial");
         let open = |path: &Path| match File::open(path) {
             Ok(file) => Ok(Some(file)),
@@ -481,23 +488,10 @@ impl Remote {
                 progress(layer.size);
                 return Ok(file);
             }
-            let file = os.effect("open the file for the layer", &partial, || {
-                let file = rustix::fs::open(
-                    &partial,
-                    rustix::fs::OFlags::RDWR
-                        | rustix::fs::OFlags::CREATE
-                        | rustix::fs::OFlags::NOFOLLOW
-                        | rustix::fs::OFlags::CLOEXEC,
-                    rustix::fs::Mode::from_raw_mode(0o600),
-                )?;
-                rustix::io::retry_on_intr(|| {
-                    rustix::fs::flock(&file, FlockOperation::LockExclusive)
-                })?;
-                Ok(File::from(file))
-            })?;
+            let lock = os.lock("lock the file for the layer", &partial)?;
             // Whoever had it may have put it in its place, or away.
-            if is_at(&file, &partial) {
-                break file;
+            if lock.is_at(&partial) {
+                break File::from(OwnedFd::from(lock));
             }
         };
         let mut download = Download {
@@ -522,15 +516,6 @@ impl Remote {
         open(&place)?.ok_or_else(|| {
             HostError::new(HostErrorKind::NotFound, "open", place.display().to_string())
         })
-    }
-}
-
-/// Whether the open file is the one that has this name now.
-fn is_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-        _ => false,
     }
 }
 
@@ -579,6 +564,7 @@ impl Download<'_> {
         let mut failed = 0;
         loop {
             let before = self.length()?;
+            progress(before);
             if before == size {
                 break;
             }
