@@ -802,3 +802,309 @@ fn names(images: &[ArchivedImage], wanted: Option<&ImageName>) -> Result<Vec<Vec
     });
     all.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::io::{self, BufRead, BufReader};
+    use std::net::TcpListener;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+    use std::time::Duration;
+
+    use smolvm_host::oci::{Digest, RegistrySettings};
+    use smolvm_host::os::Faults;
+
+    use super::*;
+    use crate::config::{AccelChoice, Config};
+
+    fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (path, bytes) in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            builder
+                .append_data(&mut header, path, *bytes)
+                .expect("memory");
+        }
+        builder.into_inner().expect("memory")
+    }
+
+    fn config(layers: &[Vec<u8>]) -> Vec<u8> {
+        let diff_ids: Vec<_> = layers.iter().map(|layer| Digest::of(layer)).collect();
+        let text = serde_json::json!({
+            "config": { "Cmd": ["hello"], "Env": ["A=1"] }, "rootfs": { "diff_ids": diff_ids },
+        });
+        text.to_string().into_bytes()
+    }
+
+    /// What `docker save` writes, of an image with one file.
+    fn archive(names: &[&str], content: &str) -> Vec<u8> {
+        let layer = tar(&[("file", content.as_bytes())]);
+        let config = config(std::slice::from_ref(&layer));
+        let manifest = serde_json::json!([
+            { "Config": "config.json", "RepoTags": names, "Layers": ["layer.tar"] }
+        ]);
+        let manifest = manifest.to_string().into_bytes();
+        tar(&[
+            ("config.json", &config),
+            ("layer.tar", &layer),
+            ("manifest.json", &manifest),
+        ])
+    }
+
+    /// A registry with the image `own:1` of these layers. Its name.
+    fn registry(layers: &[Vec<u8>]) -> String {
+        let mut content: HashMap<String, Vec<u8>> = HashMap::new();
+        let mut blob = |bytes: Vec<u8>| {
+            let digest = Digest::of(&bytes);
+            let descriptor = serde_json::json!({ "digest": digest, "size": bytes.len() });
+            content.insert(format!("/v2/own/blobs/{digest}"), bytes);
+            descriptor
+        };
+        let config = blob(config(layers));
+        let layers: Vec<_> = layers.iter().cloned().map(&mut blob).collect();
+        let manifest = serde_json::json!({ "config": config, "layers": layers });
+        content.insert(
+            "/v2/own/manifests/1".to_owned(),
+            manifest.to_string().into_bytes(),
+        );
+        content.insert("/v2/".to_owned(), Vec::new());
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let name = format!("{}/own:1", listener.local_addr().expect("an address"));
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut lines = BufReader::new(stream.try_clone().expect("a socket")).lines();
+                let Some(Ok(first)) = lines.next() else {
+                    continue;
+                };
+                let path = first.split(' ').nth(1).unwrap_or_default();
+                let mut from = 0;
+                for line in lines.map_while(std::result::Result::ok) {
+                    let range = line.to_lowercase();
+                    let range = range
+                        .strip_prefix("range: bytes=")
+                        .and_then(|text| text.strip_suffix('-'));
+                    from = range.and_then(|text| text.parse().ok()).unwrap_or(from);
+                    if line.is_empty() {
+                        break;
+                    }
+                }
+                let body = &content[path][from..];
+                let status = if from > 0 { 206 } else { 200 };
+                let head = format!(
+                    "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-range: bytes {from}-\r\n\
+                     content-length: {}\r\n\r\n",
+                    body.len()
+                );
+                let _ = stream.write_all(&[head.as_bytes(), body].concat());
+            }
+        });
+        name
+    }
+
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn new() -> Self {
+            Self(tempfile::tempdir().expect("a directory"))
+        }
+
+        fn engine(&self, os: Os) -> Engine {
+            Engine::with_os(
+                Config {
+                    data_dir: self.0.path().join("data"),
+                    keeper: PathBuf::new(),
+                    agent: PathBuf::new(),
+                    program_dirs: vec!["/usr/bin".into()],
+                    accel: AccelChoice::Emulation,
+                    templates: false,
+                    registries: RegistrySettings::default(),
+                    boot_timeout: Duration::ZERO,
+                },
+                os,
+            )
+        }
+
+        /// Everything below the directory of images but locks and whole images.
+        fn leftovers(&self) -> Vec<String> {
+            let images = self.0.path().join("data/images");
+            let mut left = Vec::new();
+            for dir in [images.join("downloads"), images.clone()] {
+                for entry in entries(&dir).expect("a list") {
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    let lock = name.ends_with("lock") && !name.starts_with("pull-");
+                    let image = dir == images && name.starts_with("sha256-");
+                    if !(lock || image || name == "downloads") {
+                        left.push(name);
+                    }
+                }
+            }
+            left
+        }
+    }
+
+    fn load(engine: &Engine, archive: &[u8]) -> Result<Vec<Loaded>> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), archive).expect("written");
+        let options = LoadOptions::default();
+        let source = LoadSource::Path(file.path());
+        engine.load_images(source, &options, &mut |_: &Progress| {}, &Cancel::new()?)
+    }
+
+    fn pull(engine: &Engine, name: &str) -> Result<Pulled> {
+        engine.pull_image(
+            name,
+            Limits::default(),
+            &mut |_: &Progress| {},
+            &Cancel::new()?,
+        )
+    }
+
+    #[test]
+    fn an_image_is_found_by_any_way_to_write_its_name() {
+        let host = Host::new();
+        let engine = host.engine(Os::new());
+        let loaded =
+            load(&engine, &archive(&["app:1", "x.example/me/app:2"], "one")).expect("loaded");
+        let names: Vec<_> = loaded.iter().map(|one| one.image.name.as_str()).collect();
+        assert_eq!(names, ["app:1", "x.example/me/app:2"]);
+        let found = engine.image("docker.io/library/app:1").expect("known");
+        assert_eq!(
+            (found.name.as_str(), &found.config.cmd[0]),
+            ("app:1", &"hello".to_owned())
+        );
+        let error = load(&engine, &archive(&[], "two")).expect_err("no name");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        // A name that moves on says what it led to.
+        let again = load(&engine, &archive(&["app:1"], "two")).expect("loaded");
+        assert_eq!(again[0].replaced.as_ref(), Some(&loaded[0].image.digest));
+        let tagged = engine
+            .tag_image("app:1", &"app:stable".parse().expect("a name"))
+            .expect("tagged");
+        assert_eq!(tagged.image.digest, again[0].image.digest);
+        assert_eq!(tagged.image.config, again[0].image.config);
+        let pruned = engine.prune_images(true, false).expect("pruned");
+        assert_eq!(pruned.len(), 3);
+        assert_eq!(engine.images().expect("read"), []);
+        assert_eq!(host.leftovers(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_there_already_is_not_brought_again() {
+        let host = Host::new();
+        let engine = host.engine(Os::new());
+        let name = registry(&[tar(&[("file", b"1")])]);
+        let first = pull(&engine, &name).expect("pulled");
+        assert!(!first.known);
+        assert!(pull(&engine, &name).expect("pulled").known);
+        engine.remove_image(&name).expect("removed");
+        assert!(!pull(&engine, &name).expect("pulled").known);
+        let policy = |policy| engine.needs_pull(&name, policy).expect("asked");
+        assert!(!policy(PullPolicy::Missing) && policy(PullPolicy::Always));
+        assert!(
+            engine
+                .needs_pull("other:1", PullPolicy::Missing)
+                .expect("asked")
+        );
+        let error = engine
+            .needs_pull("other:1", PullPolicy::Never)
+            .expect_err("not there");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        // Made on this host: in no registry, and so never asked for.
+        load(&engine, &archive(&["app:1"], "x")).expect("loaded");
+        assert!(
+            !engine
+                .needs_pull("app:1", PullPolicy::Always)
+                .expect("asked")
+        );
+        assert_eq!(host.leftovers(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn more_than_the_limit_is_refused_and_leaves_nothing() {
+        let host = Host::new();
+        let engine = host.engine(Os::new());
+        let name = registry(&[tar(&[("zeros", &[0; 100_000])])]);
+        let limits = |bytes| Limits { bytes, entries: 10 };
+        for bytes in [1000, 100_500] {
+            let cancel = Cancel::new().expect("a handle");
+            let pulled = engine.pull_image(&name, limits(bytes), &mut |_: &Progress| {}, &cancel);
+            let error = pulled.expect_err("too much");
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error:?}");
+            assert!(
+                error
+                    .hint_text()
+                    .is_some_and(|hint| hint.contains("--max-size"))
+            );
+        }
+        assert_eq!(host.leftovers(), Vec::<String>::new());
+        assert_eq!(engine.images().expect("read"), []);
+    }
+
+    #[derive(Debug)]
+    struct Nth {
+        nth: u32,
+        seen: AtomicU32,
+        forever: bool,
+    }
+
+    impl Faults for Nth {
+        fn before(&self, _op: &'static str, _path: &Path) -> io::Result<()> {
+            let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
+            if now == self.nth || (self.forever && now > self.nth) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            Ok(())
+        }
+    }
+
+    /// Lets each effect of `get` fail in turn, once or for ever.
+    fn fault_loop(least: u32, get: &dyn Fn(&Engine) -> Result<()>) {
+        let mut failures = 0;
+        for forever in [false, true] {
+            for nth in 1.. {
+                let host = Host::new();
+                let good = host.engine(Os::new());
+                load(&good, &archive(&["other:1"], "other")).expect("loaded");
+                let before = good.images().expect("read");
+                let faults = Arc::new(Nth {
+                    nth,
+                    seen: AtomicU32::new(0),
+                    forever,
+                });
+                let faulty = host.engine(Os::with_faults(Arc::<Nth>::clone(&faults)));
+                let outcome = get(&faulty);
+                let failed = outcome.is_err();
+                if let Err(error) = outcome {
+                    failures += 1;
+                    assert_eq!(error.kind(), ErrorKind::NoSpace, "{nth}: {error:?}");
+                    assert_eq!(good.images().expect("read"), before, "{nth}");
+                }
+                get(&good).unwrap_or_else(|error| panic!("{nth}, second try: {error:?}"));
+                assert_eq!(good.images().expect("read").len(), 2, "{nth}");
+                good.prune_images(false, false).expect("pruned");
+                assert_eq!(host.leftovers(), Vec::<String>::new(), "{nth}: left over");
+                if !failed && faults.seen.load(Ordering::Relaxed) < nth {
+                    break;
+                }
+            }
+        }
+        assert!(failures > least, "only {failures} steps failed");
+    }
+
+    #[test]
+    fn whatever_effect_of_a_load_fails_images_are_as_they_were() {
+        let archive = archive(&["app:1"], "new");
+        fault_loop(20, &|engine| load(engine, &archive).map(drop));
+    }
+
+    #[test]
+    fn whatever_effect_of_a_pull_fails_images_are_as_they_were() {
+        let name = registry(&[tar(&[("a", b"1")]), tar(&[("b", b"2")])]);
+        fault_loop(40, &|engine| pull(engine, &name).map(drop));
+    }
+}

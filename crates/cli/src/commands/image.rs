@@ -133,8 +133,8 @@ Examples:
   docker save app:1 | smolvm image load
   smolvm image load app.tar --name app:2
 
-Takes an OCI image layout, as a directory or archive, and what `docker save` writes; gzip and zstd are
-understood. An image of the same name is replaced; sandboxes made from it keep what they have.")]
+Takes an OCI image layout, as a directory or archive, and what `docker save` writes; gzip and zstd
+are understood. An image of the same name is replaced; sandboxes made from it keep what they have.")]
 pub(crate) struct LoadArgs {
     /// The archive, or `-` for standard input
     #[arg(default_value = "-", value_name = "FILE")]
