@@ -939,6 +939,34 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_that_is_used_up_says_so_and_how_to_enlarge_it() {
+        use crate::store::rows::tests::{row, store};
+        let (_dir, mut store) = store();
+        let config = NetworkConfig {
+            prefix: "192.168.9.0/30".parse().expect("a prefix"),
+            ..NetworkConfig::default()
+        };
+        let mut allocate = |id: &str, avoid: &[Ipv4Addr]| {
+            let mut row = row(id);
+            row.id = format!("{id:0>16}");
+            store.insert_sandbox(&row).expect("a row");
+            let avoid = avoid.iter().copied().collect();
+            super::allocate(&mut store, &row.id, &config, &avoid)
+        };
+        let one = allocate("1", &[]).expect("the only one");
+        assert_eq!(one.address, Ipv4Addr::new(192, 168, 9, 2));
+        assert_eq!(one.device, "smol00000000000");
+        let error = allocate("f000000000000000", &[]).expect_err("none left");
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert_eq!(
+            error.to_string(),
+            "all 1 addresses of the network 192.168.9.0/30 are in use"
+        );
+        let hint = error.hint_text().unwrap_or_default();
+        assert!(hint.contains("network.prefix"), "{hint}");
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused() {
         let check = |reach, texts: &[&str]| {
             let allowed = texts.iter().map(|text| allowed(text)).collect();

@@ -255,7 +255,7 @@ fn who_may_not_make_a_network_is_told_so_and_can_do_without() {
     let refused = refused.run().expect(1).json();
     let error = &refused["error"];
     assert_eq!(error["details"]["kind"], "permission_denied", "{error:#}");
-    let hint = error["hint"].as_str().unwrap_or_default();
+    let hint = error["recovery"].as_str().unwrap_or_default();
     assert!(hint.contains("--network off"), "{error:#}");
     let without = home.smolvm(["run", "--network", "off", "--", "echo", "fine"]);
     assert_eq!(without.run().ok().out(), "fine\n");
