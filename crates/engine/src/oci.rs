@@ -923,6 +923,8 @@ mod tests {
                     accel: AccelChoice::Emulation,
                     templates: false,
                     registries: RegistrySettings::default(),
+                    network: crate::network::NetworkConfig::default(),
+                    settings: crate::settings::Settings::default(),
                     boot_timeout: Duration::ZERO,
                 },
                 os,
