@@ -847,7 +847,9 @@ impl Driver {
         self.vm.start_kill()?;
         // Before the rows go: whoever takes a row takes the port.
         self.ports.close_all().await;
-        self.ssh = None;
+        if let Some(listener) = &mut self.ssh {
+            listener.close();
+        }
         let own = self.layout.sandbox(&self.launch.id);
         let mut disks = self.launch.vm.disks.iter();
         let shared = disks.any(|disk| !disk.read_only && !disk.path.starts_with(own.path()));

@@ -56,7 +56,8 @@ const WINDOW_BYTES: u32 = 1024 * 1024;
 /// The sandbox's listener, and what stands behind it once somebody has come.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    socket: TcpListener,
+    /// Until it is closed.
+    socket: Option<TcpListener>,
     ground: Arc<Ground>,
     /// Where connections go, from the first one on.
     service: Option<mpsc::UnboundedSender<StdTcpStream>>,
@@ -87,7 +88,7 @@ pub(crate) fn listen(
     let socket = TcpListener::from_std(socket.into())
         .map_err(|error| KeeperError::io("listen for SSH clients", error))?;
     Ok(Some(Listener {
-        socket,
+        socket: Some(socket),
         ground: Arc::new(Ground {
             layout: layout.clone(),
             id: id.clone(),
@@ -102,13 +103,18 @@ pub(crate) fn listen(
 pub(crate) async fn accept(
     listener: Option<&Listener>,
 ) -> std::io::Result<(TcpStream, SocketAddr)> {
-    match listener {
-        Some(listener) => listener.socket.accept().await,
+    match listener.and_then(|listener| listener.socket.as_ref()) {
+        Some(socket) => socket.accept().await,
         None => std::future::pending().await,
     }
 }
 
 impl Listener {
+    /// Gives the port back. Connections that there are take what was said to them.
+    pub(crate) fn close(&mut self) {
+        self.socket = None;
+    }
+
     /// Hands a connection to the thread that serves them, starting it for the first one.
     pub(crate) fn welcome(&mut self, socket: TcpStream) {
         let handed = socket.into_std().and_then(|socket| {
