@@ -265,6 +265,42 @@ mod tests {
     }
 
     #[test]
+    fn sixteen_at_once_get_sixteen_addresses() {
+        let (dir, mut store) = store();
+        for n in 0..16 {
+            store.insert_sandbox(&row(&n.to_string())).expect("written");
+        }
+        let path = dir.path().join("state.db");
+        let all: BTreeSet<_> = std::thread::scope(|scope| {
+            let started: Vec<_> = (0..16)
+                .map(|n| {
+                    let path = &path;
+                    scope.spawn(move || {
+                        let mut store = Store::open(path).expect("a store");
+                        let device = format!("smol{n:011}");
+                        // All want the same ones, in the same order.
+                        let wanted = addresses(2..=17);
+                        store
+                            .insert_network(
+                                &format!("id-{n}"),
+                                NetworkMode::Tap,
+                                &device,
+                                7,
+                                wanted,
+                            )
+                            .expect("written")
+                            .expect("an address for each")
+                            .address
+                    })
+                })
+                .collect();
+            let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
+            ended.map(|address| address.expect("ended")).collect()
+        });
+        assert_eq!(all.len(), 16, "{all:?}");
+    }
+
+    #[test]
     fn what_may_be_reached_comes_back_in_order_and_changes() {
         let (_dir, mut store) = store();
         let allowed = |texts: &[&str]| {

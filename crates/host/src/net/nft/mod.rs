@@ -390,6 +390,19 @@ impl Firewall {
         })
     }
 
+    /// The number of the rules' generation in this network namespace: one more with each transaction,
+    /// whoever makes it.
+    ///
+    /// # Errors
+    ///
+    /// Those of nf_tables.
+    pub fn generation(&self) -> Result<u32, HostError> {
+        let path = Path::new(TABLE);
+        self.os.effect("ask for the generation of", path, || {
+            self.with(Nft::generation)
+        })
+    }
+
     /// How many guests there are, of every owner.
     ///
     /// # Errors
