@@ -121,9 +121,12 @@ fn commands_and_terminals_are_as_on_any_server() {
     terminal.type_in(b"until stty size | grep -q '42 111'; do :; done; echo bi''g\n");
     terminal.wait_for("big");
     // Ctrl-C reaches what runs in the foreground, and the shell goes on.
-    terminal.type_in(b"sleep 1000\n");
-    terminal.wait_for("sleep 1000");
+    terminal.type_in(
+        b"sh -c 'trap \"echo cau''ght; exit\" INT; echo sta''rted; while :; do sleep 0.1; done'\n",
+    );
+    terminal.wait_for("started");
     terminal.type_in(b"\x03");
+    terminal.wait_for("caught");
     terminal.type_in(b"exit 3\n");
     assert_eq!(terminal.wait(), Some(3));
     terminal.is_as_before();
