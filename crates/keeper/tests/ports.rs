@@ -10,6 +10,11 @@ use std::time::Duration;
 use smolvm_engine::store::Store;
 use smolvm_engine::{Engine, Error, ErrorKind, HostPort, PublishedPort};
 use support::{Home, output, spec};
+use tokio::sync::Mutex;
+
+/// One test at a time: what is open here, a port or a lock, is open as well in each child of another
+/// test until that executes its program, and is free only when the last has closed it.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -58,6 +63,7 @@ fn free_port() -> PublishedPort {
 
 #[tokio::test]
 async fn a_port_leads_into_the_guest_as_long_as_it_runs() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     let mut spec = spec("a");
@@ -112,6 +118,7 @@ async fn a_port_leads_into_the_guest_as_long_as_it_runs() {
 
 #[tokio::test]
 async fn ports_are_opened_and_closed_while_it_runs() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     engine.create(&spec("a")).expect("created");
@@ -149,6 +156,7 @@ async fn ports_are_opened_and_closed_while_it_runs() {
 
 #[tokio::test]
 async fn a_port_that_is_taken_is_known_before_anything_is_made() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     let wish = |name: &str, port: PublishedPort| {
@@ -191,6 +199,7 @@ async fn a_port_that_is_taken_is_known_before_anything_is_made() {
 
 #[tokio::test]
 async fn a_keeper_that_dies_gives_its_ports_back() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     let mut ephemeral = spec("a");
@@ -217,6 +226,7 @@ async fn a_keeper_that_dies_gives_its_ports_back() {
 
 #[tokio::test]
 async fn a_copy_has_no_ports() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     let mut source = spec("a");
@@ -247,6 +257,7 @@ async fn a_copy_has_no_ports() {
 
 #[tokio::test]
 async fn a_member_of_a_pool_takes_ports_when_it_is_claimed() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let engine = home.engine();
     let wish = |ports: &[PublishedPort]| {
@@ -283,6 +294,7 @@ async fn a_member_of_a_pool_takes_ports_when_it_is_claimed() {
 
 #[tokio::test]
 async fn sixteen_at_once_get_sixteen_ports() {
+    let _alone = ALONE.lock().await;
     let home = Home::new();
     let names: Vec<String> = (0..16).map(|number| format!("box-{number}")).collect();
     std::thread::scope(|scope| {

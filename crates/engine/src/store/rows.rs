@@ -550,14 +550,18 @@ impl Store {
             .map_err(|error| sql(format!("could not read the host fact `{name}`"), error))
     }
 
-    /// Remembers something measured on this host until it is started again.
-    pub fn put_host_fact(&mut self, name: &str, boot_id: &str, value: &str) -> Result<()> {
+    /// Remembers something measured on this host until it is started again, and returns what is
+    /// remembered: of two processes that measure at once, both go by what the first found.
+    pub fn put_host_fact(&mut self, name: &str, boot_id: &str, value: &str) -> Result<String> {
         self.connection
-            .execute(
-                "INSERT OR REPLACE INTO host_facts (name, boot_id, value) VALUES (?, ?, ?)",
+            .query_row(
+                "INSERT INTO host_facts (name, boot_id, value) VALUES (?, ?, ?) \
+                 ON CONFLICT (name) DO UPDATE SET \
+                 value = iif(boot_id = excluded.boot_id, value, excluded.value), \
+                 boot_id = excluded.boot_id RETURNING value",
                 [name, boot_id, value],
+                |row| row.get(0),
             )
-            .map(|_| ())
             .map_err(|error| sql(format!("could not record the host fact `{name}`"), error))
     }
 }
@@ -929,6 +933,11 @@ pub(crate) mod tests {
             store.host_fact("kvm", "boot-1").expect("read").as_deref(),
             Some("works")
         );
+        // Who measures at the same time goes by what was first.
+        let again = store.put_host_fact("kvm", "boot-1", "broken");
+        assert_eq!(again.expect("settled"), "works");
         assert_eq!(store.host_fact("kvm", "boot-2").expect("read"), None);
+        let later = store.put_host_fact("kvm", "boot-2", "broken");
+        assert_eq!(later.expect("written"), "broken");
     }
 }

@@ -101,10 +101,12 @@ fn a_data_directory_that_cannot_be_made_is_named() {
         .complains_of(&[file.to_str().expect("a path"), "--data-dir"]);
 }
 
-/// In a mount namespace of its own, with the data directory on a file system of `$1` bytes: tries to
-/// create a sandbox, prints the answer, and on standard error what there is afterwards.
+/// In a mount namespace of its own, with the data directory on a file system with `$1` KiB more than the
+/// store takes: tries to create a sandbox, prints the answer, and on standard error what there is
+/// afterwards.
 const FULL: &str = r#"
-size=$1 from=$2 data=$3 smolvm=$4
+from=$2 data=$3 smolvm=$4
+size=$(( ($(stat -c %s "$from/state.db") + 4095) / 4096 * 4 + $1 ))k
 mkdir -p "$data"
 mount -t tmpfs -o size=$size tmpfs "$data"
 cp "$from/state.db" "$data"
@@ -123,8 +125,9 @@ exit $code
 #[test]
 fn a_full_disk_of_the_host_is_an_error_that_says_so_and_leaves_nothing_half_made() {
     let home = Home::new(1);
-    // The store itself, the row, the files of the sandbox, and its disk, in this order.
-    for size in ["136k", "216k", "296k", "456k", "1m"] {
+    // Room beside the store, in KiB. It ends with the store itself, the row, the files of the sandbox,
+    // and its disk, in this order.
+    for size in ["8", "88", "168", "328", "900"] {
         let flags = if rustix::process::geteuid().is_root() {
             "-m"
         } else {
