@@ -104,6 +104,7 @@ fn not_started(error: smolvm_engine::Error) -> CliError {
     match error.kind() {
         ErrorKind::NotFound => CliError::CommandNotFound(error),
         ErrorKind::PermissionDenied => CliError::NotExecutable(error),
+        ErrorKind::Timeout => CliError::CommandTimedOut(error),
         _ => CliError::Engine(error),
     }
 }

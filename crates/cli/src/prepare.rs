@@ -106,6 +106,8 @@ pub(crate) async fn image(
         return Ok(Timed::new());
     }
     if !missing.is_empty() {
+        // Before anything is downloaded that could not be used.
+        programs(engine)?;
         cx.out
             .status(&format!("preparing {}, once", missing.join(" and ")));
     }
@@ -114,6 +116,25 @@ pub(crate) async fn image(
         engine.prepare(&image, &kernel, meter, cancel)
     })
     .await
+}
+
+/// Refuses a host that lacks programs.
+fn programs(engine: &Engine) -> Result<(), CliError> {
+    let missing = engine.missing_packages();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing
+        .iter()
+        .map(|missing| format!("`{}`", missing.program))
+        .collect();
+    let mut packages: Vec<_> = missing.iter().map(|missing| &*missing.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    Err(CliError::Missing {
+        message: format!("this host has no {}", names.join(", ")),
+        hint: format!("as root: apt-get install {}", packages.join(" ")),
+    })
 }
 
 /// Tells a person what the engine wants the caller to know, one line for each.

@@ -67,6 +67,9 @@ pub(crate) enum CliError {
     /// The guest has the program and cannot execute it.
     #[error(transparent)]
     NotExecutable(smolvm_engine::Error),
+    /// The guest did not even start the command within its time.
+    #[error(transparent)]
+    CommandTimedOut(smolvm_engine::Error),
     /// The guest's command ended with other than success. Not a failure of ours.
     #[error("the command {}", ending(*.exit, *.timeout))]
     Command {
@@ -199,6 +202,7 @@ impl CliError {
             Self::BrokenPipe => Exit::BrokenPipe,
             Self::CommandNotFound(_) => Exit::CommandNotFound,
             Self::NotExecutable(_) => Exit::NotExecutable,
+            Self::CommandTimedOut(_) => Exit::TimedOut,
             Self::Command { exit, .. } => *exit,
         }
     }
@@ -212,17 +216,19 @@ impl CliError {
             Self::Io { .. } | Self::Interrupted | Self::BrokenPipe | Self::Partly(_) => {
                 Code::RuntimeError
             }
-            Self::CommandNotFound(_) | Self::NotExecutable(_) | Self::Command { .. } => {
-                Code::CommandFailed
-            }
+            Self::CommandNotFound(_)
+            | Self::NotExecutable(_)
+            | Self::CommandTimedOut(_)
+            | Self::Command { .. } => Code::CommandFailed,
         }
     }
 
     fn engine(&self) -> Option<&smolvm_engine::Error> {
         match self {
-            Self::Engine(error) | Self::CommandNotFound(error) | Self::NotExecutable(error) => {
-                Some(error)
-            }
+            Self::Engine(error)
+            | Self::CommandNotFound(error)
+            | Self::NotExecutable(error)
+            | Self::CommandTimedOut(error) => Some(error),
             _ => None,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use smolvm_engine::CPUS_MAX;
+
 const MIB: u64 = 1024 * 1024;
 
 /// Parses a time: `30s`, `5m`, `1h30m`, `250ms`, `1.5s`; a bare number is seconds.
@@ -52,6 +54,32 @@ pub(crate) fn limit(text: &str) -> Result<Duration, String> {
         return Err("a limit of zero allows nothing; leave the flag out for no limit".to_owned());
     }
     Ok(limit)
+}
+
+/// Like [`limit`], for a time that has a default and is never without a limit.
+///
+/// # Errors
+///
+/// A sentence that says what is accepted.
+pub(crate) fn boot_limit(text: &str) -> Result<Duration, String> {
+    let limit = duration(text)?;
+    if limit.is_zero() {
+        return Err(
+            "no guest boots in no time; leave the flag out for the default of 1m".to_owned(),
+        );
+    }
+    Ok(limit)
+}
+
+/// Parses a number of CPUs. Whether a sandbox may have as many is the engine's to say; a number too
+/// large for it is said in the same words.
+///
+/// # Errors
+///
+/// A sentence that says what is accepted.
+pub(crate) fn cpus(text: &str) -> Result<u8, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not a number of CPUs; write 1 to {CPUS_MAX}"))
 }
 
 /// Parses an amount of memory or disk into MiB: `512`, `512M`, `512MiB`, `4G`, `4GiB`; a bare number
@@ -157,6 +185,17 @@ pub(crate) fn millis(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_refused_in_words_that_help() {
+        let no_default = limit("0").expect_err("zero");
+        assert!(no_default.contains("for no limit"), "{no_default}");
+        let default = boot_limit("0").expect_err("zero");
+        assert!(default.contains("the default of 1m"), "{default}");
+        assert_eq!(boot_limit("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(cpus("4"), Ok(4));
+        assert!(cpus("300").expect_err("too many").contains("1 to 32"));
+    }
 
     #[test]
     fn durations() {

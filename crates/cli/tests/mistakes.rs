@@ -66,7 +66,7 @@ fn command_lines_that_do_not_parse_as_json() {
       "data": null,
       "error": {
         "code": "usage_error",
-        "message": "the following required arguments were not provided: <NAME>...",
+        "message": "the following required arguments were not provided: <NAME|--all>",
         "recovery": "add --help for the arguments of a command"
       }
     }
@@ -154,9 +154,9 @@ fn templates_that_are_not_there() {
         $ smolvm template rm
         --- stderr
         error: the following required arguments were not provided:
-          <ID>...
+          <ID|--all>
 
-        Usage: smolvm template rm <ID>...
+        Usage: smolvm template rm <ID|--all>
 
         For more information, try '--help'.
         --- exit 2
@@ -523,7 +523,7 @@ fn deleting_all_of_nothing_is_no_mistake() {
         --- stderr
         error: the argument '--all' cannot be used with '[NAME]...'
 
-        Usage: smolvm rm --all [NAME]...
+        Usage: smolvm rm <NAME|--all>
 
         For more information, try '--help'.
         --- exit 2

@@ -78,7 +78,12 @@ impl Assets<'_> {
         if !dir.join("kernel.json").exists() {
             return Ok(None);
         }
-        Ok(Some(Kernel::open(self.os, &dir)?))
+        Kernel::open(self.os, &dir).map(Some).map_err(|error| {
+            Error::from(error).hint(format!(
+                "if it is damaged, remove it with `smolvm kernel rm {key}`; `smolvm setup` or \
+                 `smolvm kernel build` gets a new one"
+            ))
+        })
     }
 
     /// Downloads the distribution's kernel if it is not there.

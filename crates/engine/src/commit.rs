@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::time::Duration;
 
 use smolvm_host::cancel::Cancel;
 use smolvm_host::oci::ImageConfig;
@@ -25,6 +26,9 @@ use crate::store::Store;
 /// Where a tar header says what it is, and what it says of a global pax header.
 const TYPE_AT: usize = 156;
 const GLOBAL: u8 = b'g';
+
+/// Time a guest has to say how full its disk is.
+const FACTS_TIME: Duration = Duration::from_secs(30);
 
 /// How to commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +67,8 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::NotRunning`] with the command that starts it, [`ErrorKind::AlreadyExists`],
-    /// [`ErrorKind::NoSpace`], [`ErrorKind::Cancelled`]. Nothing has changed then.
+    /// [`ErrorKind::NoSpace`], [`ErrorKind::Timeout`] if the guest answers nothing any more,
+    /// [`ErrorKind::Cancelled`]. Nothing has changed then.
     pub async fn commit(
         &self,
         name: &str,
@@ -80,14 +85,22 @@ impl Engine {
         {
             return Err(name_taken(image));
         }
-        let session = self.connect(name).await?;
-        let base = self.base(name)?;
-        let expected = expected_bytes(base.as_ref(), &session).await?;
+        let mut stop = pin!(stop);
+        let prepared = async {
+            let session = self.connect(name).await?;
+            let base = self.base(name)?;
+            let expected = expected_bytes(base.as_ref(), &session).await?;
+            Ok::<_, Error>((session, base, expected))
+        };
+        let (session, base, expected) = tokio::select! {
+            prepared = prepared => prepared?,
+            () = &mut stop => return Err(cancelled(name)),
+        };
         // What a command meets in the image it met in the sandbox. The sandbox's own environment may
         // hold secrets, and stays with it.
         let config = base.map(|base| base.config).unwrap_or_default();
-        let staged = self
-            .receive(&session, image, config, options, expected, watcher, stop)
+        let staged = session
+            .unless_hung(self.receive(&session, image, config, options, expected, watcher, stop))
             .await?;
         let mut store = Store::open(&self.layout().database())?;
         let published = self
@@ -143,7 +156,7 @@ impl Engine {
         let received = loop {
             let heard = tokio::select! {
                 heard = stream.next() => heard,
-                () = &mut stop => break Err(cancelled(session)),
+                () = &mut stop => break Err(cancelled(session.name())),
             };
             match heard {
                 Ok(Heard::Data(Channel::Output, piece)) => {
@@ -209,7 +222,7 @@ impl Engine {
 
 /// How many bytes will come, roughly: the base, and what the writable layer holds.
 async fn expected_bytes(base: Option<&ImageInfo>, session: &Session) -> Result<u64> {
-    let facts = session.facts().await?;
+    let facts = session.facts_within(FACTS_TIME).await?;
     let changed = facts.disk_total_bytes.saturating_sub(facts.disk_free_bytes);
     Ok(base.map_or(0, |base| base.size_bytes) + changed)
 }
@@ -232,10 +245,10 @@ fn report(
     });
 }
 
-fn cancelled(session: &Session) -> Error {
+fn cancelled(name: &str) -> Error {
     Error::new(
         ErrorKind::Cancelled,
-        format!("committing sandbox `{}` was cancelled", session.name()),
+        format!("committing sandbox `{name}` was cancelled"),
     )
 }
 

@@ -265,7 +265,9 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
         };
-        let row = self.row(&mut store, name)?;
+        let row = visible(&store, name)?;
+        let row = teardown::row_to_show(self.os(), self.layout(), &mut store, row)?
+            .ok_or_else(|| unknown_sandbox(name))?;
         let address = store.network(&row.id)?.map(|network| network.address);
         Ok(self.describe(row, address))
     }
@@ -328,7 +330,14 @@ impl Engine {
         }
     }
 
+    /// The row of a sandbox that people may know of, made true.
     pub(crate) fn row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
+        visible(store, name)?;
+        self.any_row(store, name)
+    }
+
+    /// As [`Engine::row`], also of a member of a pool.
+    fn any_row(&self, store: &mut Store, name: &str) -> Result<SandboxRow> {
         let find = |store: &Store| {
             store
                 .sandbox_named(name)?
@@ -652,6 +661,7 @@ impl Engine {
     /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk,
     /// [`ErrorKind::MissingDependency`]. The sandbox is then off, and can be started again.
     pub async fn start(&self, name: &str) -> Result<(Session, StartTimes)> {
+        visible(&self.store()?, name)?;
         self.start_with(name, &Beginning::default()).await
     }
 
@@ -664,7 +674,7 @@ impl Engine {
         let begun = Instant::now();
         loop {
             let mut store = self.store()?;
-            let row = self.row(&mut store, name)?;
+            let row = self.any_row(&mut store, name)?;
             match row.state {
                 State::Starting | State::Running => {
                     let Some(session) = self.attach_when_there(&row).await? else {
@@ -964,7 +974,10 @@ impl Engine {
                 };
                 let mut error = Error::new(
                     ErrorKind::NotRunning,
-                    format!("sandbox `{name}` is not running, it is {state}"),
+                    format!(
+                        "sandbox `{name}` is not running, it is {}",
+                        state.in_words()
+                    ),
                 )
                 .hint(format!("{verb} it with `smolvm {verb} {name}`"));
                 if let Some(reason) = row.reason {
@@ -1041,7 +1054,16 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_sandbox(name));
         };
-        let row = self.row(&mut store, name)?;
+        let row = visible(&store, name)?;
+        self.delete_row(&mut store, row).await
+    }
+
+    /// Removes the sandbox of this row.
+    pub(crate) async fn delete_row(&self, store: &mut Store, row: SandboxRow) -> Result<()> {
+        // One that cannot be repaired, as on a full disk, is off, and can be removed.
+        let Some(row) = teardown::row_to_show(self.os(), self.layout(), store, row)? else {
+            return Ok(());
+        };
         if row.state.is_held() {
             let asked = async {
                 let session = self.attach_when_there(&row).await?;
@@ -1053,12 +1075,24 @@ impl Engine {
             match tokio::time::timeout(KEEPER_PATIENCE, asked).await {
                 Ok(Ok(Some(KeeperEvent::Done(_)))) => return Ok(()),
                 // Somebody else was faster in some way; see what is there now.
-                Ok(Ok(None)) => return Box::pin(self.delete(name)).await,
+                Ok(Ok(None)) => {
+                    return match store.sandbox(&row.id)? {
+                        Some(row) => Box::pin(self.delete_row(store, row)).await,
+                        None => Ok(()),
+                    };
+                }
                 _ => teardown::end_processes(&row)?,
             }
         }
         // Off by now; whoever else removes it as well does the same steps.
-        teardown::destroy(self.os(), self.layout(), &mut store, &row.id)
+        teardown::destroy(self.os(), self.layout(), store, &row.id).map_err(|error| {
+            teardown::unrecorded(
+                self.layout(),
+                row.spec.name.as_str(),
+                "is to be removed",
+                error,
+            )
+        })
     }
 
     /// Connects to a sandbox that starts or runs. Its socket appears a moment after its row says
@@ -1221,6 +1255,15 @@ fn no_kernel() -> Error {
         "the guest kernel is not there",
     )
     .hint("get it with `smolvm setup`")
+}
+
+/// The row of a sandbox that people may know of. Members of pools are nobody's yet, and what is being
+/// removed is nobody's any more.
+fn visible(store: &Store, name: &str) -> Result<SandboxRow> {
+    store
+        .sandbox_named(name)?
+        .filter(|row| !row.spec.name.is_hidden())
+        .ok_or_else(|| unknown_sandbox(name))
 }
 
 pub(crate) fn unknown_sandbox(name: &str) -> Error {

@@ -1,8 +1,9 @@
 //! Commands in a running sandbox.
 
 use std::ffi::OsString;
+use std::future::Future;
 use std::os::unix::ffi::OsStringExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smolvm_proto::Channel;
 use smolvm_proto::limits::COMMAND_BYTES_MAX;
@@ -12,6 +13,10 @@ use crate::client::{Heard, Stream, StreamInput};
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::Session;
 use crate::spec::check_env;
+
+/// Time after a command's own in which the guest has to say that it is over. It kills the command and
+/// waits for all its descendants.
+const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
 
 /// A command to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +30,8 @@ pub struct ExecSpec {
     pub workdir: Option<String>,
     /// `name`, `uid`, `name:group` or `uid:gid`, as the guest knows them; the sandbox's if absent.
     pub user: Option<String>,
-    /// Time after which the command and all its descendants are killed.
+    /// Time after which the command and all its descendants are killed. If the guest does not say so
+    /// within five more seconds, it counts as killed.
     pub timeout: Option<Duration>,
     /// Run it in a terminal of this size; its output is then all [`ExecEvent::Stdout`].
     pub terminal: Option<TerminalSize>,
@@ -179,6 +185,9 @@ pub struct Exec {
     /// Its process number in the guest.
     pub pid: u32,
     stream: Stream,
+    started: Instant,
+    /// When the guest has to have said that the command's time was up.
+    deadline: Option<Instant>,
 }
 
 impl Session {
@@ -188,20 +197,48 @@ impl Session {
     ///
     /// [`ErrorKind::NotFound`] for an unknown program or directory,
     /// [`ErrorKind::PermissionDenied`] for one that cannot be run, [`ErrorKind::InvalidInput`] for
-    /// an unknown user or a command that no system could run.
+    /// an unknown user or a command that no system could run, [`ErrorKind::Timeout`] if the command has
+    /// a timeout and the guest did not even start it.
     pub async fn exec(&self, spec: &ExecSpec) -> Result<Exec> {
         let request = Request::Exec(spec.to_request()?);
+        let begun = Instant::now();
+        let deadline = spec
+            .timeout
+            .and_then(|timeout| begun.checked_add(timeout.saturating_add(TIMEOUT_GRACE)));
         let mut stream = self.client.open(&request)?;
-        match stream.next().await? {
+        let Some(heard) = before(deadline, stream.next()).await else {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!(
+                    "the guest of sandbox `{}` did not start the command within its time",
+                    self.name()
+                ),
+            )
+            .hint(format!(
+                "see its last words with `smolvm logs {0}`; `smolvm stop --now {0}` ends it",
+                self.name()
+            )));
+        };
+        match heard? {
             Heard::Event(Event::Started(started)) => Ok(Exec {
                 pid: started.pid,
                 stream,
+                started: begun,
+                deadline,
             }),
             other => Err(Error::new(
                 ErrorKind::Internal,
                 format!("the guest answered a command with {other:?}"),
             )),
         }
+    }
+}
+
+/// What comes before a deadline, if there is one. What is there already comes first.
+async fn before<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline.into(), work).await.ok(),
+        None => Some(work.await),
     }
 }
 
@@ -213,7 +250,16 @@ impl Exec {
     /// [`ErrorKind::GuestFailed`] if the sandbox went away.
     pub async fn next(&mut self) -> Result<ExecEvent> {
         loop {
-            match self.stream.next().await? {
+            let Some(heard) = before(self.deadline, self.stream.next()).await else {
+                // The guest is stuck. Dropped, the stream has the command killed if it wakes.
+                return Ok(ExecEvent::Exited(ExitStatus {
+                    code: None,
+                    signal: None,
+                    timed_out: true,
+                    duration: self.started.elapsed(),
+                }));
+            };
+            match heard? {
                 Heard::Data(Channel::Output, bytes) => return Ok(ExecEvent::Stdout(bytes)),
                 Heard::Data(Channel::Error, bytes) => return Ok(ExecEvent::Stderr(bytes)),
                 Heard::Event(Event::Exited(exited)) => {

@@ -81,8 +81,20 @@ impl Session {
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`] for a missing source or directory, [`ErrorKind::NoSpace`] if the
-    /// guest's disk is full; what arrived until then stays.
+    /// guest's disk is full, [`ErrorKind::Timeout`] if the guest answers nothing any more; what arrived
+    /// until then stays.
     pub async fn upload(
+        &self,
+        local: &Path,
+        guest: &str,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        self.unless_hung(self.send(local, guest, options, progress))
+            .await
+    }
+
+    async fn send(
         &self,
         local: &Path,
         guest: &str,
@@ -152,7 +164,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`] for a missing source or directory.
+    /// [`ErrorKind::NotFound`] for a missing source or directory; [`ErrorKind::Timeout`] if the guest
+    /// answers nothing any more.
     pub async fn download(
         &self,
         guest: &str,
@@ -160,8 +173,19 @@ impl Session {
         options: &CopyOptions,
         progress: CopyProgress<'_>,
     ) -> Result<Copied> {
+        self.unless_hung(self.receive(guest, local, options, progress))
+            .await
+    }
+
+    async fn receive(
+        &self,
+        guest: &str,
+        local: &Path,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
         absolute(guest)?;
-        let source = self.list_dir(guest, true).await?;
+        let source = self.list(guest, true).await?;
         let total = source
             .first()
             .filter(|file| file.kind == FileKind::File)

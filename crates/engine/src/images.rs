@@ -125,7 +125,10 @@ impl Engine {
         match store.remove_image(&image.name)? {
             Removal::Done => {}
             Removal::Unknown => return Err(unknown_image(name)),
-            Removal::UsedBy(users) => return Err(in_use(&image.name, &users)),
+            Removal::UsedBy(users) => {
+                let what = format!("image `{}`", image.name);
+                return Err(in_use(&what, &image.name, &users));
+            }
         }
         let place = self.layout().image(&image.digest);
         let before = used_below(&place);
@@ -143,7 +146,8 @@ impl Engine {
     }
 }
 
-fn in_use(name: &str, users: &Users) -> Error {
+/// Says who uses a thing, and how to remove them. `pool` is the image of the pools among them.
+pub(crate) fn in_use(what: &str, pool: &str, users: &Users) -> Error {
     let mut who = Vec::new();
     let mut how = Vec::new();
     let mut add = |one: &str, many: &str, names: &[String], command: &str| {
@@ -159,12 +163,12 @@ fn in_use(name: &str, users: &Users) -> Error {
         let noun = if users.pools == 1 { "pool" } else { "pools" };
         who.push(format!("{} {noun}", users.pools));
         how.push(format!(
-            "`smolvm pool rm {name}` with the sizes that `smolvm pool ls` shows"
+            "`smolvm pool rm {pool}` with the sizes that `smolvm pool ls` shows"
         ));
     }
     Error::new(
         ErrorKind::Busy,
-        format!("image `{name}` is used by {}", who.join(" and ")),
+        format!("{what} is used by {}", who.join(" and ")),
     )
     .hint(format!("delete what uses it first: {}", how.join(", ")))
 }
@@ -469,6 +473,7 @@ mod tests {
     fn who_needs_an_image_is_told_with_what_helps() {
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let error = in_use(
+            "image `tools:v1`",
             "tools:v1",
             &Users {
                 sandboxes: names(&["a", "b", "c", "d", "e"]),

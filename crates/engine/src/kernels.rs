@@ -1,6 +1,6 @@
 //! Guest kernels: which there are, which one a sandbox gets, and the making of a small one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -12,11 +12,12 @@ use smolvm_vmm::Devices;
 
 use crate::assets::{Assets, Progress, STOCK_KERNEL, Watcher, report};
 use crate::config::Config;
-use crate::engine::{Engine, blocking, random_u64, used_below, wait_for_any};
+use crate::engine::{Engine, blocking, entries, random_u64, used_below, wait_for_any};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::exec::{ExecEvent, ExecSpec};
+use crate::images::in_use;
 use crate::spec::{DEFAULT_IMAGE, DiskMode, KernelChoice, SandboxSpec};
-use crate::store::State;
+use crate::store::{State, Users};
 
 /// Where a kernel is compiled if the data directory's path is none that make can work in. Large, and
 /// on a disk (file-hierarchy(7)).
@@ -37,6 +38,8 @@ pub struct KernelInfo {
     pub is_default: bool,
     /// The sandboxes that boot it.
     pub used_by: Vec<String>,
+    /// Why it cannot be used, if so: its description does not read. What it would say is empty then.
+    pub damage: Option<String>,
 }
 
 /// A kernel that was asked for.
@@ -57,27 +60,29 @@ pub(crate) fn devices(kernel: &Kernel) -> Devices {
 }
 
 impl Assets<'_> {
-    /// All kernels, by key, each with the time it was put there.
+    /// The keys of all kernels, in order, those that are damaged among them.
+    fn kernel_keys(&self) -> Result<BTreeSet<String>> {
+        let keys = entries(&self.layout.kernels())?.into_iter();
+        Ok(keys
+            .filter(|entry| entry.path().join("kernel.json").exists())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|key| !key.starts_with('.'))
+            .collect())
+    }
+
+    /// All kernels that can be used, by key, each with the time it was put there.
     fn kernels(&self) -> Result<BTreeMap<String, (Kernel, SystemTime)>> {
-        let dir = self.layout.kernels();
-        let failed = |error| io(format!("could not list {}", dir.display()), error);
-        let entries = match std::fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(BTreeMap::new());
-            }
-            Err(error) => return Err(failed(error)),
-        };
         let mut kernels = BTreeMap::new();
-        for entry in entries {
-            let key = entry.map_err(failed)?.file_name();
-            let Some(key) = key.to_str().filter(|key| !key.starts_with('.')) else {
-                continue;
-            };
-            if let Some(kernel) = self.kernel(key)? {
-                let at = std::fs::metadata(kernel.vmlinux()).and_then(|file| file.modified());
-                let at = at.unwrap_or(SystemTime::UNIX_EPOCH);
-                kernels.insert(key.to_owned(), (kernel, at));
+        for key in self.kernel_keys()? {
+            match self.kernel(&key) {
+                Ok(Some(kernel)) => {
+                    let at = std::fs::metadata(kernel.vmlinux()).and_then(|file| file.modified());
+                    let at = at.unwrap_or(SystemTime::UNIX_EPOCH);
+                    kernels.insert(key, (kernel, at));
+                }
+                Ok(None) => {}
+                // It keeps nobody from the others.
+                Err(error) => tracing::warn!(reason = error.in_one_line(), "a kernel is damaged"),
             }
         }
         Ok(kernels)
@@ -134,79 +139,85 @@ impl Engine {
 
     /// All kernels on this host, by key. Makes nothing on disk.
     pub fn kernels(&self) -> Result<Vec<KernelInfo>> {
-        let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (kernel, sandbox) in self.kernel_users()? {
-            users.entry(kernel).or_default().push(sandbox);
-        }
         let default = self.assets().choose_kernel(&KernelChoice::Auto)?;
-        let kernels = self.assets().kernels()?;
-        Ok(kernels
-            .into_iter()
-            .map(|(key, (kernel, _))| KernelInfo {
-                release: kernel.manifest.release,
-                source: kernel.manifest.source,
-                size_bytes: used_below(&kernel.dir),
+        let mut infos = Vec::new();
+        for key in self.assets().kernel_keys()? {
+            let users = self.kernel_users(&key)?;
+            let (manifest, damage) = match self.assets().kernel(&key) {
+                Ok(Some(kernel)) => (Some(kernel.manifest), None),
+                Ok(None) => continue,
+                Err(error) => (None, Some(error.in_one_line())),
+            };
+            let (release, source) = manifest
+                .map(|manifest| (manifest.release, manifest.source))
+                .unwrap_or_default();
+            infos.push(KernelInfo {
+                release,
+                source,
+                size_bytes: used_below(&self.layout().kernels().join(&key)),
                 is_default: default.as_ref() == Some(&key),
-                used_by: users.remove(&key).unwrap_or_default(),
+                used_by: users.sandboxes,
+                damage,
                 key,
-            })
-            .collect())
+            });
+        }
+        Ok(infos)
     }
 
-    /// Each sandbox's kernel and name, and each snapshot's.
-    fn kernel_users(&self) -> Result<Vec<(String, String)>> {
+    /// Who needs a kernel.
+    fn kernel_users(&self, key: &str) -> Result<Users> {
         let Some(store) = crate::store::Store::open_existing(&self.layout().database())? else {
-            return Ok(Vec::new());
+            return Ok(Users::default());
         };
-        let sandboxes = store.sandboxes()?.into_iter();
-        let sandboxes = sandboxes.filter(|row| row.state != State::Deleting);
+        let mut users = Users::default();
+        let mut pools = BTreeSet::new();
+        for row in store.sandboxes()? {
+            if row.kernel != key || row.state == State::Deleting {
+                continue;
+            }
+            match row.pool {
+                Some(pool) => {
+                    pools.insert(pool);
+                }
+                None => users.sandboxes.push(row.spec.name.to_string()),
+            }
+        }
+        users.pools = u32::try_from(pools.len()).unwrap_or(u32::MAX);
         let snapshots = store.snapshots()?.into_iter();
-        Ok(sandboxes
-            .map(|row| (row.kernel, row.spec.name.to_string()))
-            .chain(snapshots.map(|row| (row.kernel, format!("snapshot {}", row.name))))
-            .collect())
+        users.snapshots = snapshots
+            .filter(|row| row.kernel == key)
+            .map(|row| row.name)
+            .collect();
+        Ok(users)
     }
 
     /// Removes a kernel, and the templates that were booted with it.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] if a sandbox would need it to start again.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] while a sandbox, snapshot or pool needs it.
     pub fn remove_kernel(&self, key: &str) -> Result<()> {
-        let kernels = self.assets().kernels()?;
-        let Some((kernel, _)) = kernels.get(key) else {
+        if !self.assets().kernel_keys()?.contains(key) {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("there is no kernel named `{}`", key.escape_debug()),
             )
             .hint("see the kernels with `smolvm kernel ls`"));
-        };
+        }
         let kernels = self.layout().kernels();
+        let place = kernels.join(key);
         // Out of sight first: who makes a sandbox records it and then looks whether its kernel is
         // there, so one of the two sees the other.
         let leaving = kernels.join(format!(".{key}.leaving"));
         self.os()
             .remove_tree("remove what was left of a kernel", &leaving)?;
         self.os()
-            .rename("take the kernel away to", &kernel.dir, &leaving)?;
-        let users = self.kernel_users();
-        let used: Vec<String> = match &users {
-            Ok(users) => users
-                .iter()
-                .filter(|(kernel, _)| kernel == key)
-                .map(|(_, sandbox)| format!("`{sandbox}`"))
-                .collect(),
-            Err(_) => Vec::new(),
-        };
-        if users.is_err() || !used.is_empty() {
+            .rename("take the kernel away to", &place, &leaving)?;
+        let users = self.kernel_users(key);
+        if !matches!(&users, Ok(users) if *users == Users::default()) {
             self.os()
-                .rename("put the kernel back at", &leaving, &kernel.dir)?;
-            users?;
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("kernel `{key}` is used by {}", used.join(", ")),
-            )
-            .hint("remove these sandboxes first, with `smolvm rm`"));
+                .rename("put the kernel back at", &leaving, &place)?;
+            return Err(in_use(&format!("kernel `{key}`"), "IMAGE", &users?));
         }
         self.remove_templates_made_of(key)?;
         Ok(self.os().remove_tree("remove the kernel", &leaving)?)

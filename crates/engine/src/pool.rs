@@ -24,9 +24,14 @@ use crate::session::{Session, refusal};
 use crate::spec::{DiskMode, KernelChoice, SandboxSpec};
 use crate::store::rows::name_taken;
 use crate::store::{ImageRow, PoolRow, SandboxRow, State, Store};
+use crate::teardown;
 
 /// Most members of a pool.
 pub const POOL_SIZE_MAX: u32 = 1024;
+
+/// Most time a member's keeper may take to answer a claim. It gives its guest ten seconds at most, of
+/// which the guest has a processor for one; a keeper that needs longer than that does not answer at all.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(15);
 
 /// A pool to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +64,9 @@ pub struct PoolInfo {
     pub ready: u32,
     /// Members on their way.
     pub coming: u32,
+    /// Members of an image or a kernel that is not the current one any more: nobody gets them, and the
+    /// next filling replaces them.
+    pub stale: u32,
     /// Sandboxes that were claimed from it.
     pub hits: u64,
     /// Sandboxes that found it empty.
@@ -183,9 +191,7 @@ impl Engine {
         };
         let mut members = store.members(&pool.id)?;
         let kernel = self.kernel_key(&KernelChoice::Auto)?;
-        members.retain(|row| {
-            row.state == State::Paused && row.image_digest == *image_digest && row.kernel == kernel
-        });
+        members.retain(|row| row.state == State::Paused && fits(row, image_digest, &kernel));
         // Not all from the same end, so that claims at one moment rarely meet.
         let first = usize::try_from(random_u64()?).unwrap_or(0) % members.len().max(1);
         members.rotate_left(first);
@@ -200,7 +206,13 @@ impl Engine {
             else {
                 continue;
             };
-            match session.client.ask_keeper(&request).await {
+            let asked = tokio::time::timeout(CLAIM_PATIENCE, session.client.ask_keeper(&request));
+            let Ok(answer) = asked.await else {
+                // It must not become the sandbox after another one has.
+                teardown::end_processes(&member)?;
+                continue;
+            };
+            match answer {
                 Ok(KeeperEvent::Ready(ready)) => {
                     self.fill_in_background(&store, &pool.id);
                     let since = |micros| Duration::from_micros(micros);
@@ -246,21 +258,32 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
         };
-        let rows = crate::teardown::reconcile(self.os(), self.layout(), &mut store)?;
+        let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
         let pools = store.pools()?;
+        let images = store.images()?;
+        // Without a kernel no member is of use.
+        let kernel = self.kernel_key(&KernelChoice::Auto).ok();
         Ok(pools
             .into_iter()
             .map(|pool| {
-                let count = |ready: bool| {
-                    let members = rows.iter().filter(|row| {
-                        row.pool.as_deref() == Some(&pool.id)
-                            && (row.state == State::Paused) == ready
-                    });
+                let digest = images
+                    .iter()
+                    .find(|image| image.name == pool.image)
+                    .map(|image| &*image.digest);
+                let current = |row: &SandboxRow| match (digest, &kernel) {
+                    (Some(digest), Some(kernel)) => fits(row, digest, kernel),
+                    _ => false,
+                };
+                let count = |wanted: &dyn Fn(&SandboxRow) -> bool| {
+                    let members = rows
+                        .iter()
+                        .filter(|row| row.pool.as_deref() == Some(&pool.id) && wanted(row));
                     u32::try_from(members.count()).unwrap_or(u32::MAX)
                 };
                 PoolInfo {
-                    ready: count(true),
-                    coming: count(false),
+                    ready: count(&|row| current(row) && row.state == State::Paused),
+                    coming: count(&|row| current(row) && row.state != State::Paused),
+                    stale: count(&|row| !current(row)),
                     spec: PoolSpec::of(&pool),
                     hits: pool.hits,
                     misses: pool.misses,
@@ -355,10 +378,9 @@ impl Engine {
         id: &str,
         which: impl Fn(&SandboxRow) -> bool,
     ) -> Result<()> {
-        for row in store.members(id)?.iter().filter(|row| which(row)) {
-            match self.delete(row.spec.name.as_str()).await {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-                _ => {}
+        for row in store.members(id)? {
+            if which(&row) {
+                self.delete_row(store, row).await?;
             }
         }
         Ok(())
@@ -378,7 +400,7 @@ impl Engine {
             self.fill_locked(id, &lock, &mut |_| {}).await?;
             drop(lock);
             // A claim that saw the lock taken relies on whoever held it to look once more.
-            if lacks(&self.store()?, id)? == 0 {
+            if self.lacks(&self.store()?, id)? == 0 {
                 return Ok(());
             }
         }
@@ -391,18 +413,18 @@ impl Engine {
             let Some(pool) = store.pools()?.into_iter().find(|pool| pool.id == id) else {
                 return Ok(());
             };
-            crate::teardown::reconcile(self.os(), self.layout(), &mut store)?;
+            teardown::reconcile(self.os(), self.layout(), &mut store)?;
             let image = store
                 .image(&pool.image)?
                 .ok_or_else(|| unknown_image(&pool.image))?;
             let kernel = self.kernel_key(&KernelChoice::Auto)?;
-            let stale = |row: &SandboxRow| row.image_digest != image.digest || row.kernel != kernel;
+            let stale = |row: &SandboxRow| !fits(row, &image.digest, &kernel);
             self.remove_members(&mut store, id, stale).await?;
-            let members = store.members(id)?;
+            let mut members = store.members(id)?;
             let size = usize::try_from(pool.size).unwrap_or(usize::MAX);
-            if let Some(surplus) = members.get(size..) {
-                for row in surplus {
-                    self.delete(row.spec.name.as_str()).await?;
+            if members.len() >= size {
+                for row in members.drain(size..) {
+                    self.delete_row(&mut store, row).await?;
                 }
                 ready(pool.size);
                 return Ok(());
@@ -442,21 +464,36 @@ impl Engine {
                 Ok(())
             }
             Err(error) => {
-                match self.delete(name).await {
-                    Err(left) if left.kind() != ErrorKind::NotFound => {
-                        tracing::warn!(%left, "could not remove a member that did not start");
-                    }
-                    _ => {}
+                if let Some(row) = store.sandbox(&row.id)?
+                    && let Err(left) = self.delete_row(store, row).await
+                {
+                    tracing::warn!(%left, "could not remove a member that did not start");
                 }
                 Err(error)
             }
         }
     }
 
+    /// How many members a pool lacks that could be claimed.
+    fn lacks(&self, store: &Store, id: &str) -> Result<u32> {
+        let pools = store.pools()?;
+        let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
+            return Ok(0);
+        };
+        let Some(image) = store.image(&pool.image)? else {
+            return Ok(0);
+        };
+        let kernel = self.kernel_key(&KernelChoice::Auto)?;
+        let mut members = store.members(id)?;
+        members.retain(|row| fits(row, &image.digest, &kernel));
+        let members = u32::try_from(members.len()).unwrap_or(u32::MAX);
+        Ok(pool.size.saturating_sub(members))
+    }
+
     /// Starts a process that fills a pool, if it lacks members and nobody fills it. What goes wrong
     /// is no concern of the sandbox that was just started: it is recorded with the pool.
     fn fill_in_background(&self, store: &Store, id: &str) {
-        let started = lacks(store, id).and_then(|lacks| {
+        let started = self.lacks(store, id).and_then(|lacks| {
             let path = self.pool_file_for_lock(id)?;
             if lacks == 0 || self.os().try_lock("lock the pool", &path)?.is_none() {
                 return Ok(());
@@ -491,14 +528,9 @@ impl Engine {
     }
 }
 
-/// How many members a pool lacks.
-fn lacks(store: &Store, id: &str) -> Result<u32> {
-    let pools = store.pools()?;
-    let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
-        return Ok(0);
-    };
-    let members = u32::try_from(store.members(id)?.len()).unwrap_or(u32::MAX);
-    Ok(pool.size.saturating_sub(members))
+/// Whether a member is of use to somebody who wants this image and kernel.
+fn fits(row: &SandboxRow, digest: &str, kernel: &str) -> bool {
+    row.image_digest == digest && row.kernel == kernel
 }
 
 /// The engine and the pool's id that a pool's file stands for.

@@ -1,5 +1,6 @@
 //! A connection to a running sandbox.
 
+use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,6 +11,11 @@ use smolvm_proto::message::{EntryKind, Event, ListRequest, Request};
 use crate::client::{Client, Heard, connect_socket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::SOCKET_NAME;
+
+/// Time between two questions to a guest that something else is waited for from.
+const PING_PAUSE: Duration = Duration::from_secs(10);
+/// Time a guest has to answer such a question. One that has little of a processor is slow, not gone.
+const PING_TIME: Duration = Duration::from_secs(20);
 
 /// A connection to a running sandbox. Clones share it, and many commands may run on one.
 #[derive(Debug, Clone)]
@@ -115,7 +121,18 @@ impl Session {
         }
     }
 
-    /// The guest's uptime, memory, load and disk.
+    /// The guest's uptime, memory, load and disk, if it answers within `time`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if it does not.
+    pub async fn facts_within(&self, time: Duration) -> Result<GuestFacts> {
+        tokio::time::timeout(time, self.facts())
+            .await
+            .unwrap_or_else(|_| Err(self.hung(time)))
+    }
+
+    /// The guest's uptime, memory, load and disk. Waits for as long as the guest is silent.
     pub async fn facts(&self) -> Result<GuestFacts> {
         match self.client.open(&Request::Facts)?.answer().await? {
             Event::Facts(facts) => Ok(GuestFacts {
@@ -131,12 +148,45 @@ impl Session {
         }
     }
 
+    /// Waits for `work`, and gives it up when the guest answers nothing any more: when a question that
+    /// every guest answers at once is open for 20 s. Asks ten seconds after the last answer.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`], or what the work failed with.
+    pub(crate) async fn unless_hung<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let ping = || async { self.client.open(&Request::Ping)?.answer().await };
+        match while_answered(work, ping, PING_PAUSE, PING_TIME).await {
+            Some(done) => done,
+            None => Err(self.hung(PING_TIME)),
+        }
+    }
+
+    fn hung(&self, time: Duration) -> Error {
+        let name = &self.name;
+        Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "the guest of sandbox `{name}` has not answered for {} s",
+                time.as_secs()
+            ),
+        )
+        .hint(format!(
+            "see its last words with `smolvm logs {name}`; `smolvm stop --now {name}` ends it"
+        ))
+    }
+
     /// Lists a directory of the guest by name, or describes `path` itself.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`], [`ErrorKind::InvalidInput`] for a path that is not absolute.
+    /// [`ErrorKind::NotFound`], [`ErrorKind::InvalidInput`] for a path that is not absolute,
+    /// [`ErrorKind::Timeout`] if the guest answers nothing.
     pub async fn list_dir(&self, path: &str, itself: bool) -> Result<Vec<FileInfo>> {
+        self.unless_hung(self.list(path, itself)).await
+    }
+
+    pub(crate) async fn list(&self, path: &str, itself: bool) -> Result<Vec<FileInfo>> {
         let request = Request::List(ListRequest {
             path: path.as_bytes().to_vec().into(),
             itself,
@@ -178,6 +228,33 @@ impl Session {
     }
 }
 
+/// Waits for `work` as long as each `ping`, asked `pause` after the last answer, is answered within
+/// `time`; `None` if one is not. What a ping fails with, `work` will say better.
+async fn while_answered<T, P>(
+    work: impl Future<Output = T>,
+    ping: impl Fn() -> P,
+    pause: Duration,
+    time: Duration,
+) -> Option<T>
+where
+    P: Future<Output = Result<Event>>,
+{
+    let silence = async {
+        loop {
+            tokio::time::sleep_until(tokio::time::Instant::now() + pause).await;
+            if tokio::time::timeout(time, ping()).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        // Whoever was late himself finds the work done.
+        biased;
+        done = work => Some(done),
+        () = silence => None,
+    }
+}
+
 /// What to say of an answer that does not belong to its question.
 pub(crate) fn confused(name: &str, answer: &impl std::fmt::Debug) -> Error {
     Error::new(
@@ -200,5 +277,47 @@ pub(crate) fn refusal(failure: KeeperFailure) -> Error {
     match failure.hint {
         Some(hint) => error.hint(hint),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(1);
+    const LONG: Duration = Duration::from_secs(600);
+
+    fn on_a_runtime<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .expect("a runtime")
+            .block_on(work)
+    }
+
+    #[test]
+    fn work_with_a_silent_guest_is_given_up() {
+        let given_up = while_answered(pending::<()>(), pending, SHORT, SHORT);
+        assert_eq!(on_a_runtime(given_up), None);
+    }
+
+    #[test]
+    fn work_with_a_guest_that_answers_goes_on() {
+        let asked = AtomicU32::new(0);
+        let ping = || async {
+            asked.fetch_add(1, Ordering::Relaxed);
+            Ok(Event::Done)
+        };
+        let work = async {
+            while asked.load(Ordering::Relaxed) < 3 {
+                tokio::task::yield_now().await;
+            }
+            "done"
+        };
+        let done = while_answered(work, ping, SHORT, LONG);
+        assert_eq!(on_a_runtime(done), Some("done"));
     }
 }

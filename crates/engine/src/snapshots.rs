@@ -6,7 +6,7 @@
 //! lives no longer than the fork takes.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -88,7 +88,17 @@ pub struct Fork {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Saved {
     pub(crate) files: SavedMachine,
+    description: Description,
+}
+
+/// What is beside the files of a machine that was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Description {
+    #[serde(flatten)]
     needs: Needs,
+    /// Milliseconds each copy lives, from its own start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ttl_ms: Option<u64>,
 }
 
 /// What a host has to have in common with the one a machine was saved on.
@@ -120,11 +130,11 @@ impl Saved {
             )
         };
         let bytes = std::fs::read(&path).map_err(|error| io(doing(), error))?;
-        let needs = serde_json::from_slice(&bytes)
+        let description = serde_json::from_slice(&bytes)
             .map_err(|error| Error::new(ErrorKind::State, doing()).because(error))?;
         Ok(Self {
             files: SavedMachine::new(dir),
-            needs,
+            description,
         })
     }
 
@@ -139,13 +149,14 @@ impl Saved {
             .because(why)
             .hint("take a new snapshot; one lasts for as long as the host's QEMU does"))
         };
-        if here.vmm != self.needs.vmm {
+        let needs = &self.description.needs;
+        if here.vmm != needs.vmm {
             return refuse(format!(
                 "it was taken with another {} than is there now",
-                self.needs.program.display()
+                needs.program.display()
             ));
         }
-        match (self.needs.tsc_khz, here.tsc_khz) {
+        match (needs.tsc_khz, here.tsc_khz) {
             (None, None) => Ok(()),
             (Some(then), Some(now))
                 if then.abs_diff(now).saturating_mul(1000) <= then * TSC_TOLERANCE_PERMILLE =>
@@ -214,7 +225,10 @@ impl Engine {
                 state => {
                     return Err(Error::new(
                         ErrorKind::NotRunning,
-                        format!("sandbox `{name}` is not running, it is {state}"),
+                        format!(
+                            "sandbox `{name}` is not running, it is {}",
+                            state.in_words()
+                        ),
                     )
                     .hint(format!("start it with `smolvm start {name}`")));
                 }
@@ -233,8 +247,18 @@ impl Engine {
     /// [`ErrorKind::NoSpace`]. Nothing remains after an error.
     pub async fn snapshot(&self, name: &str, snapshot: Option<&str>) -> Result<SnapshotInfo> {
         let snapshot = match snapshot {
-            // The rule is that of sandboxes, and so is the message.
-            Some(given) => given.parse::<SandboxName>()?.to_string(),
+            // The rule is that of sandboxes, and so is the hint.
+            Some(given) => given
+                .parse::<SandboxName>()
+                .map_err(|error| {
+                    let what = format!("`{}` is not a snapshot name", given.escape_debug());
+                    let refusal = Error::new(error.kind(), what);
+                    match error.hint_text() {
+                        Some(hint) => refusal.hint(hint),
+                        None => refusal,
+                    }
+                })?
+                .to_string(),
             None => self.unused_snapshot_name(name)?,
         };
         let (row, saved, paused) = self.capture(name, &snapshot, Keep::OnDisk).await?;
@@ -262,7 +286,8 @@ impl Engine {
             .collect())
     }
 
-    /// Makes a sandbox from a snapshot and starts it where the other was.
+    /// Makes a sandbox from a snapshot and starts it where the other was. It lives as long as that
+    /// one was to, from its own start.
     ///
     /// # Errors
     ///
@@ -277,7 +302,7 @@ impl Engine {
         self.reconcile_snapshots(&mut store)?;
         let row = ready(&store, snapshot)?;
         let saved = Saved::open(self.snapshot_dir(&row.id))?;
-        self.start_copy(&mut store, &row, &saved, name).await
+        self.start_copy(&mut store, &row, &saved, name, None).await
     }
 
     /// Removes a snapshot. Sandboxes that were started from it keep what they have.
@@ -298,7 +323,7 @@ impl Engine {
 
     /// Makes `children` sandboxes that go on where `name` is now, with its processes, open files and
     /// memory, which they share until they write. The source stands still only while it is copied.
-    /// The children are called `prefix-1` and so on, with numbers that are free; the prefix is the
+    /// Each lives as long as the source was to, from its own start. The children are called `prefix-1` and so on, with numbers that are free; the prefix is the
     /// source's name if absent.
     ///
     /// # Errors
@@ -306,6 +331,23 @@ impl Engine {
     /// As [`Engine::snapshot`], if nothing could be copied. What becomes of each child is told for
     /// each.
     pub async fn fork(&self, name: &str, children: u32, prefix: Option<&str>) -> Result<Fork> {
+        self.fork_telling(name, children, prefix, &mpsc::channel().0)
+            .await
+    }
+
+    /// As [`Engine::fork`]; `made` is sent the name of each child as soon as it is a sandbox, which is
+    /// before it runs, so that whoever gives the fork up can remove it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::fork`].
+    pub async fn fork_telling(
+        &self,
+        name: &str,
+        children: u32,
+        prefix: Option<&str>,
+        made: &mpsc::Sender<SandboxName>,
+    ) -> Result<Fork> {
         if children == 0 || children > FORK_CHILDREN_MAX {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -313,14 +355,28 @@ impl Engine {
             ));
         }
         let prefix = prefix.unwrap_or(name);
-        // Checked before anything is made; the longest of the names.
-        format!("{prefix}-{FORK_CHILDREN_MAX}").parse::<SandboxName>()?;
+        // Checked before anything is made; the longest of the names, where none is taken.
+        format!("{prefix}-{children}")
+            .parse::<SandboxName>()
+            .map_err(|_| {
+                Error::new(
+                    ErrorKind::InvalidInput,
+                    format!(
+                        "`{}` with a number after it is not a sandbox name",
+                        prefix.escape_debug()
+                    ),
+                )
+                .hint(
+                    "give --prefix lower-case letters, digits, `-` and `_`, few enough that \
+                     64 are not passed with the hyphen and the number",
+                )
+            })?;
         let hidden = format!(".fork-{:016x}", random_u64()?);
         // Opened now, so that nothing stands in the way of cleaning up.
         let mut store = self.store()?;
         let (row, saved, paused) = self.capture(name, &hidden, Keep::ForNow).await?;
         let outcome = self
-            .start_children(&store, &row, &saved, prefix, children)
+            .start_children(&store, &row, &saved, prefix, children, made)
             .await;
         let removed = self.destroy_snapshot(&mut store, &row.id);
         let children = outcome?;
@@ -335,6 +391,7 @@ impl Engine {
         saved: &Saved,
         prefix: &str,
         children: u32,
+        made: &mpsc::Sender<SandboxName>,
     ) -> Result<Vec<Forked>> {
         let turns = Arc::new(Semaphore::new(STARTS_AT_ONCE));
         let mut starting = JoinSet::new();
@@ -342,12 +399,14 @@ impl Engine {
         for _ in 0..children {
             let name = unused_child(store, prefix, &mut number)?;
             let (engine, turns) = (self.clone(), Arc::clone(&turns));
-            let (row, saved) = (row.clone(), saved.clone());
+            let (row, saved, made) = (row.clone(), saved.clone(), made.clone());
             starting.spawn(async move {
                 let _turn = turns.acquire_owned().await;
                 let result = async {
                     let mut store = engine.store()?;
-                    engine.start_copy(&mut store, &row, &saved, &name).await
+                    engine
+                        .start_copy(&mut store, &row, &saved, &name, Some(&made))
+                        .await
                 }
                 .await;
                 Forked {
@@ -371,6 +430,7 @@ impl Engine {
         row: &SnapshotRow,
         saved: &Saved,
         name: &SandboxName,
+        made: Option<&mpsc::Sender<SandboxName>>,
     ) -> Result<(Session, StartTimes)> {
         let spec = SandboxSpec {
             image: row.image.clone(),
@@ -383,6 +443,7 @@ impl Engine {
             user: row.user.clone(),
             network: row.network.clone(),
             ssh: row.ssh.clone(),
+            ttl: saved.description.ttl_ms.map(Duration::from_millis),
             ..SandboxSpec::new(name.clone())
         };
         self.insert(
@@ -392,6 +453,10 @@ impl Engine {
             row.kernel.clone(),
             None,
         )?;
+        if let Some(made) = made {
+            // Not everybody wants to know.
+            let _ = made.send(name.clone());
+        }
         let beginning = Beginning {
             snapshot: Some(saved),
             nic: row.nic,
@@ -451,7 +516,13 @@ impl Engine {
             self.os()
                 .create_dir("make the snapshot's directory", &dir)?;
             let saved = Saved {
-                needs: Saved::needs_of(&facts)?,
+                description: Description {
+                    needs: Saved::needs_of(&facts)?,
+                    ttl_ms: sandbox
+                        .spec
+                        .ttl
+                        .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+                },
                 files: SavedMachine::new(dir),
             };
             let paused = self.write(&session, &saved, keep).await?;
@@ -483,7 +554,7 @@ impl Engine {
             KeeperEvent::Captured(captured) => Duration::from_micros(captured.paused_us),
             other => return Err(session.confused(&other)),
         };
-        let text = serde_json::to_vec(&saved.needs).map_err(|error| {
+        let text = serde_json::to_vec(&saved.description).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not describe the snapshot").because(error)
         })?;
         let path = saved.files.path().join(DESCRIPTION);

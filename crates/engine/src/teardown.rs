@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Lock, Os};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -16,16 +17,59 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Removes everything a sandbox owns, and its row last. Idempotent. Its machine has to be off, or
 /// the caller is its keeper and has just killed it.
+///
+/// Where the row cannot be written because the disk is full, the files go first, which makes room: a
+/// row without files is removed as well by whoever tries next.
 pub fn destroy(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
-    store.begin_delete(id, None)?;
+    destroy_as(os, layout, store, id, None)
+}
+
+/// As [`destroy`], with the process that does it.
+pub fn destroy_as(
+    os: &Os,
+    layout: &Layout,
+    store: &mut Store,
+    id: &str,
+    holder: Option<&ProcessIdentity>,
+) -> Result<()> {
+    match store.begin_delete(id, holder) {
+        Err(error) if error.kind() == ErrorKind::NoSpace => {
+            remove_files(os, layout, id)?;
+            store.begin_delete(id, holder)?;
+        }
+        begun => begun?,
+    }
     finish_delete(os, layout, store, id)
+}
+
+fn remove_files(os: &Os, layout: &Layout, id: &str) -> Result<()> {
+    os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
+        .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))
+}
+
+/// Says of which sandbox it is that something could not be recorded, and where.
+pub fn unrecorded(layout: &Layout, name: &str, what: &str, error: Error) -> Error {
+    let kind = error.kind();
+    let hint = error.hint_text().map(str::to_owned);
+    let full = match kind {
+        ErrorKind::NoSpace => format!("; the disk of {} is full", layout.root().display()),
+        _ => String::new(),
+    };
+    let told = Error::new(
+        kind,
+        format!("sandbox `{name}` {what}, which could not be recorded{full}"),
+    )
+    .because(error);
+    match hint {
+        Some(hint) => told.hint(hint),
+        None => told,
+    }
 }
 
 /// The second half of [`destroy`], for a sandbox that is `deleting` already.
 pub fn finish_delete(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
     network::release(os, layout, store, id)?;
-    os.remove_tree("remove the sandbox's directory", layout.sandbox(id).path())
-        .map_err(|error| Error::from(error).hint("mend that, then run `smolvm prune`"))?;
+    remove_files(os, layout, id)?;
     store.delete_sandbox(id)
 }
 
@@ -66,13 +110,24 @@ pub(crate) fn judge(row: &SandboxRow, holder_alive: bool, locked: bool) -> Verdi
     }
 }
 
-/// Makes every row true again. Cheap where nothing is wrong: rows that nobody is meant to hold
-/// are not looked at.
+/// Makes every row true again, and returns them. Cheap where nothing is wrong: rows that nobody is
+/// meant to hold are not looked at.
+///
+/// A row whose repair fails keeps nobody from the others: it is returned as it should be, and the
+/// failure is its reason.
 pub(crate) fn reconcile(os: &Os, layout: &Layout, store: &mut Store) -> Result<Vec<SandboxRow>> {
     let mut rows = store.sandboxes()?;
     let mut changed = false;
+    let mut failed = Vec::new();
     for row in &rows {
-        changed |= reconcile_row(os, layout, store, row)?;
+        match reconcile_row(os, layout, store, row) {
+            Ok(repaired) => changed |= repaired,
+            Err(error) => {
+                let reason = error.in_one_line();
+                tracing::warn!(reason, sandbox = row.spec.name.as_str(), "could not repair");
+                failed.push((row.id.clone(), reason));
+            }
+        }
     }
     if changed {
         rows = store.sandboxes()?;
@@ -82,11 +137,44 @@ pub(crate) fn reconcile(os: &Os, layout: &Layout, store: &mut Store) -> Result<V
         // Its keeper could not give it back, or is just about to.
         if rows.iter().any(off)
             && let Some(_lock) = try_lock(os, layout, &network.sandbox_id)?
+            && let Err(error) = network::release(os, layout, store, &network.sandbox_id)
         {
-            network::release(os, layout, store, &network.sandbox_id)?;
+            let reason = error.in_one_line();
+            tracing::warn!(reason, "could not give back a sandbox's network");
+            failed.push((network.sandbox_id, reason));
+        }
+    }
+    for (id, reason) in failed {
+        if let Some(row) = rows.iter_mut().find(|row| row.id == id) {
+            show_as_off(row, reason);
         }
     }
     Ok(rows)
+}
+
+/// Makes of a row that could not be repaired what it would say.
+fn show_as_off(row: &mut SandboxRow, reason: String) {
+    if row.state != State::Deleting {
+        row.state = State::Error;
+    }
+    row.reason = Some(reason);
+}
+
+/// One row, made true again where that is possible; else what it would say.
+pub(crate) fn row_to_show(
+    os: &Os,
+    layout: &Layout,
+    store: &mut Store,
+    mut row: SandboxRow,
+) -> Result<Option<SandboxRow>> {
+    match reconcile_row(os, layout, store, &row) {
+        Ok(false) => Ok(Some(row)),
+        Ok(true) => store.sandbox(&row.id),
+        Err(error) => {
+            show_as_off(&mut row, error.in_one_line());
+            Ok(Some(row))
+        }
+    }
 }
 
 /// Makes one row true again. Says whether it changed anything.
@@ -118,19 +206,31 @@ pub(crate) fn reconcile_row(
             end_vmm(row)?;
             network::release(os, layout, store, &row.id)?;
             let reason = "its keeper ended without a word; the files are as they were";
-            store.transition(
-                &row.id,
-                &[row.state],
-                State::Error,
-                Some(reason),
-                Timestamp::now(),
-            )
+            store
+                .transition(
+                    &row.id,
+                    &[row.state],
+                    State::Error,
+                    Some(reason),
+                    Timestamp::now(),
+                )
+                .map_err(|error| unrecorded(layout, &called(row), "is off", error))
         }
         Verdict::Remove => {
             end_vmm(row)?;
-            destroy(os, layout, store, &row.id)?;
+            destroy(os, layout, store, &row.id)
+                .map_err(|error| unrecorded(layout, &called(row), "is to be removed", error))?;
             Ok(true)
         }
+    }
+}
+
+/// What to call a sandbox in front of people.
+fn called(row: &SandboxRow) -> String {
+    if row.spec.name.is_hidden() {
+        row.id.clone()
+    } else {
+        row.spec.name.to_string()
     }
 }
 

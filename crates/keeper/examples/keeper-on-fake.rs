@@ -1,7 +1,8 @@
 //! The keeper on the fake backend, for tests of the engine and keeper without a virtual machine.
 //!
 //! Its guest answers each request as the real agent does, with the least it can do: every command
-//! prints its arguments, except `hang`, which never ends, and `crash`, which takes the machine down.
+//! prints its arguments, except `hang`, which never ends, `crash`, which takes the machine down, and
+//! `freeze`, after which it answers nothing any more. One that becomes `…-deaf` freezes then.
 //! At port 7 it gives back what it gets, as connections and as datagrams; other ports are refused.
 
 use std::collections::HashSet;
@@ -41,6 +42,7 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
     say(Frame::message(0, Kind::Hello, &hello), &mut machine.channel);
     let mut decoder = Decoder::new();
     let mut echoing = HashSet::new();
+    let mut frozen = false;
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = machine.channel.read(&mut buffer) {
         decoder.feed(&buffer[..count]);
@@ -64,7 +66,7 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                     echoing.remove(&stream);
                 }
             }
-            if frame.kind != Kind::Open {
+            if frame.kind != Kind::Open || frozen {
                 continue;
             }
             let mut event = |event| {
@@ -74,10 +76,15 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                 )
             };
             match frame.decode::<Request>() {
+                Ok(Request::Birth(birth)) if birth.hostname.ends_with("-deaf") => frozen = true,
                 Ok(Request::Exec(exec)) => {
                     event(Event::Started(Started { pid: 7 }));
                     match exec.argv[0].as_slice() {
                         b"hang" => continue,
+                        b"freeze" => {
+                            frozen = true;
+                            continue;
+                        }
                         b"crash" => {
                             return GuestEnd::Crash(Exit {
                                 code: None,

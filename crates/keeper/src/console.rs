@@ -79,7 +79,9 @@ pub(crate) async fn record(
 ) -> std::io::Result<()> {
     console.set_nonblocking(true)?;
     let mut console = UnixStream::from_std(console)?;
-    let mut log = Log::open(&path)?;
+    // A full disk must not stop the guest's console, and so the guest.
+    let mut log = None;
+    let mut told = false;
     let mut buffer = vec![0; 8192];
     loop {
         let count = console.read(&mut buffer).await?;
@@ -87,11 +89,24 @@ pub(crate) async fn record(
             return Ok(());
         }
         tail.add(&buffer[..count]);
-        // A full disk must not stop the guest's console, and so the guest.
-        if let Err(error) = log.write(&buffer[..count]) {
-            tracing::warn!(%error, "could not write the console log");
+        match write(&mut log, &path, &buffer[..count]) {
+            Ok(()) => told = false,
+            // Once, not for each of a guest's lines.
+            Err(error) if !told => {
+                told = true;
+                tracing::warn!(%error, "could not write the console log");
+            }
+            Err(_) => {}
         }
     }
+}
+
+/// Writes to a log that is opened when there is first something for it and it can be.
+fn write(log: &mut Option<Log>, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    if log.is_none() {
+        *log = Some(Log::open(path)?);
+    }
+    log.as_mut().map_or(Ok(()), |log| log.write(bytes))
 }
 
 struct Log {
@@ -142,6 +157,29 @@ mod tests {
         assert_eq!(lines[TAIL_LINES], "[31mred without an end");
         tail.add(&vec![b'x'; 1 << 20]);
         assert!(tail.lines()[TAIL_LINES].len() <= TAIL_LINE_CHARS);
+    }
+
+    #[tokio::test]
+    async fn a_console_whose_log_cannot_be_written_is_read_on() {
+        use std::io::Write as _;
+
+        let dir = tempfile::tempdir().expect("a directory");
+        // Every write to this device fails with ENOSPC (full(4)); nothing can be made in a directory
+        // that is not there.
+        for path in ["/dev/full".into(), dir.path().join("gone/console.log")] {
+            let (mut guest, console) = std::os::unix::net::UnixStream::pair().expect("a pair");
+            let tail = Tail::default();
+            let reading = tokio::spawn(record(console, path, tail.clone()));
+            for lines in 1..=3 {
+                guest.write_all(b"a line\n").expect("written");
+                while tail.lines().len() < lines {
+                    assert!(!reading.is_finished(), "the console is read no more");
+                    tokio::task::yield_now().await;
+                }
+            }
+            drop(guest);
+            reading.await.expect("no panic").expect("read to its end");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ use smolvm_engine::teardown;
 use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
+use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{
     CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, PortMapping,
     PortPlace, Ready, StopRequest,
@@ -46,7 +47,7 @@ use crate::net::Network;
 use crate::ports::{Line, Ports};
 use crate::routes::{ClientId, FromGuest, Routes};
 use crate::ssh;
-use crate::template::Started;
+use crate::template::{self, Started};
 
 /// The keeper's own streams to the guest; those of clients come after them.
 const BIRTH_STREAM: u32 = 1;
@@ -65,8 +66,11 @@ const SYNC_TIME: Duration = Duration::from_secs(5);
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
 /// Time the guest has to answer before it is made to stand still.
 pub(crate) const STILL_TIME: Duration = Duration::from_secs(5);
-/// Time a member of a pool has to become a sandbox.
-pub(crate) const CLAIM_TIME: Duration = Duration::from_secs(10);
+/// Time a member of a pool has to become a sandbox, not counting the time it waits for a processor: a
+/// hundred times what it takes. Whoever claims it tries the next one then.
+pub(crate) const CLAIM_TIME: Duration = Duration::from_secs(1);
+/// The same, however long it waits for a processor.
+const CLAIM_TIME_MOST: Duration = Duration::from_secs(10);
 /// Most time each command may take that warms a member.
 pub(crate) const WARM_TIME: Duration = Duration::from_secs(300);
 /// Grace when the host asks the keeper to end (SIGTERM).
@@ -125,6 +129,15 @@ pub(crate) enum Wish {
     Capture(Waiter, PathBuf),
 }
 
+/// A member of a pool that is on its way to be a sandbox.
+#[derive(Debug)]
+pub(crate) struct Claiming {
+    /// The pool it was of.
+    pub(crate) pool: String,
+    /// What its machine had waited for a processor before.
+    pub(crate) starved: Duration,
+}
+
 /// A client's stream that waits for an answer.
 pub(crate) type Waiter = (ClientId, u32);
 
@@ -167,6 +180,7 @@ pub(crate) struct Driver {
     tail: Tail,
     pub(crate) phase: Phase,
     pub(crate) motion: Motion,
+    pub(crate) claiming: Option<Claiming>,
     kernel: String,
     hello_us: u64,
     booted_because: Option<String>,
@@ -264,6 +278,7 @@ pub(crate) async fn run(
             hello: false,
         },
         motion: Motion::Moving,
+        claiming: None,
         kernel: String::new(),
         hello_us: 0,
         booted_because,
@@ -289,11 +304,12 @@ pub(crate) async fn run(
         End::Lost => driver.explain_loss().await,
         end => end,
     };
+    let destroy = driver.destroys(&end);
     driver.begin_end(&end).await?;
     let exit = driver.vm.kill().await?;
     // The last console lines may say why.
     let _ = tokio::time::timeout(FAREWELL_TIME, console_task).await;
-    driver.finish(end, &exit).await
+    driver.finish(end, destroy, &exit).await
 }
 
 impl Driver {
@@ -333,7 +349,7 @@ impl Driver {
                     None
                 }
                 exit = self.vm.wait() => Some(self.gone(&exit)),
-                () = sleep_until(deadline) => Some(self.late()),
+                () = sleep_until(deadline) => self.late(),
                 () = sleep_until(answer_due) => {
                     self.will_not_stand_still();
                     None
@@ -546,6 +562,7 @@ impl Driver {
             // The sandbox is of use without it.
             Err(error) => tracing::error!("SSH is not served: {}", error.chain()),
         }
+        self.claiming = None;
         let ready = self.ready();
         self.phase = Phase::Serving(ready.clone());
         self.ttl = self
@@ -753,8 +770,24 @@ impl Driver {
         None
     }
 
-    fn late(&self) -> End {
-        match self.phase {
+    /// The time of this phase is over, or has to be longer.
+    fn late(&mut self) -> Option<End> {
+        if let (Some(claiming), Phase::Booting { deadline, .. }) = (&self.claiming, &mut self.phase)
+        {
+            let waited = waited_for_processor(self.vm.pid()).unwrap_or_default();
+            let left = template::time_left(
+                self.begun.elapsed(),
+                waited.saturating_sub(claiming.starved),
+                CLAIM_TIME,
+                CLAIM_TIME_MOST,
+            );
+            if let Some(left) = left {
+                *deadline = Instant::now() + left;
+                return None;
+            }
+            return broken("the member of the pool did not answer when it was claimed".to_owned());
+        }
+        Some(match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: true },
             Phase::Warming { .. } => End::Broken {
                 state: State::Error,
@@ -778,7 +811,7 @@ impl Driver {
             Phase::Serving(_) | Phase::Parked(_) => {
                 unreachable!("a guest that serves has no deadline")
             }
-        }
+        })
     }
 
     fn gone(&self, exit: &Result<Exit, smolvm_vmm::VmError>) -> End {
@@ -835,6 +868,8 @@ impl Driver {
     /// Whether nothing of the sandbox is to outlive this end.
     fn destroys(&self, end: &End) -> bool {
         let member = matches!(self.phase, Phase::Warming { .. } | Phase::Parked(_));
+        // One that did not become a sandbox was nobody's yet.
+        let member = member || self.claiming.is_some();
         self.launch.ephemeral || member || matches!(end, End::Destroy { .. })
     }
 
@@ -861,6 +896,11 @@ impl Driver {
                 for waiter in std::mem::take(&mut self.waiting_destroy) {
                     self.answer(waiter, &KeeperEvent::Done(Done::default()));
                 }
+                if let Some(claiming) = self.claiming.take()
+                    && let Err(error) = self.store.uncount_pool_hit(&claiming.pool)
+                {
+                    tracing::warn!(%error, "could not take back a claim");
+                }
             }
             // Tried again when the machine is off, and told then.
             Err(error) => tracing::warn!(%error, "could not record the removal"),
@@ -869,8 +909,7 @@ impl Driver {
     }
 
     /// The machine is off. Makes the record true, answers whoever waits, and lets go.
-    async fn finish(mut self, end: End, exit: &Exit) -> Result<(), KeeperError> {
-        let destroy = self.destroys(&end);
+    async fn finish(mut self, end: End, destroy: bool, exit: &Exit) -> Result<(), KeeperError> {
         let (state, reason) = match &end {
             End::Stopped { .. } => (State::Stopped, None),
             End::Broken { state, reason } => (*state, Some(reason.clone())),
@@ -880,10 +919,15 @@ impl Driver {
         tracing::info!(?end, %exit, "the machine is off");
         self.give_network_back(!destroy);
         let outcome = if destroy {
-            let id = &self.launch.id;
-            self.store.begin_delete(id, Some(&self.me)).and_then(|()| {
-                teardown::finish_delete(&Os::new(), &self.layout, &mut self.store, id)
-            })
+            let Launch { id, name, .. } = &self.launch;
+            teardown::destroy_as(
+                &Os::new(),
+                &self.layout,
+                &mut self.store,
+                id,
+                Some(&self.me),
+            )
+            .map_err(|error| teardown::unrecorded(&self.layout, name, "is to be removed", error))
         } else {
             let held = [State::Starting, State::Running, State::Stopping];
             self.store
@@ -895,6 +939,9 @@ impl Driver {
                     Timestamp::now(),
                 )
                 .map(|_| ())
+                .map_err(|error| {
+                    teardown::unrecorded(&self.layout, &self.launch.name, "is off", error)
+                })
         };
         let why = match &end {
             End::Broken { reason, .. } => reason.clone(),
@@ -914,7 +961,7 @@ impl Driver {
         let forced = matches!(end, End::Stopped { forced: true });
         let answer = match &outcome {
             Ok(()) => KeeperEvent::Done(Done { forced }),
-            Err(error) => failure(error.to_string(), Vec::new()),
+            Err(error) => refusal(error),
         };
         let waiting = [
             std::mem::take(&mut self.waiting_stop),

@@ -45,6 +45,9 @@ pub fn main(backends: Backends) -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // The log is a file on a disk that may be full. It would tell of a line that it could not
+        // write with `eprintln!`, which panics there, and the machine would go with the keeper.
+        .log_internal_errors(false)
         .init();
     let mut arguments = std::env::args_os().skip(1);
     let words = [arguments.next(), arguments.next(), arguments.next()];

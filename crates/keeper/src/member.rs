@@ -12,13 +12,15 @@ use smolvm_engine::store::Identity;
 use smolvm_engine::{NetworkSpec, SshSpec};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
+use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperFailure, KeeperReason};
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::{Frame, Kind};
 use tokio::time::Instant;
 
 use crate::driver::{
-    CLAIM_TIME, Driver, End, Phase, WARM_STREAM, WARM_TIME, Waiter, broken, refusal, watch_starter,
+    CLAIM_TIME, Claiming, Driver, End, Phase, WARM_STREAM, WARM_TIME, Waiter, broken, refusal,
+    watch_starter,
 };
 use crate::error::KeeperError;
 
@@ -121,15 +123,21 @@ impl Driver {
         let claimed = self
             .store
             .claim_member(&self.launch.id, &identity, Timestamp::now());
-        let refusal = match claimed {
-            Ok(true) => None,
-            Ok(false) => Some(not_parked()),
-            Err(error) => Some(refusal(&error)),
+        let pool = match claimed {
+            Ok(Some(pool)) => pool,
+            Ok(None) => {
+                self.answer(waiter, &not_parked());
+                return None;
+            }
+            Err(error) => {
+                self.answer(waiter, &refusal(&error));
+                return None;
+            }
         };
-        if let Some(refusal) = refusal {
-            self.answer(waiter, &refusal);
-            return None;
-        }
+        self.claiming = Some(Claiming {
+            pool,
+            starved: waited_for_processor(self.vm.pid()).unwrap_or_default(),
+        });
         self.begun = Instant::now();
         self.ports.hold(held);
         self.launch.name = claim.name;

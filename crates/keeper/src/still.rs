@@ -8,6 +8,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 use smolvm_engine::layout::SavedMachine;
+use smolvm_engine::{Error, ErrorKind};
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{Captured, Done, KeeperEvent};
 use smolvm_proto::message::Request;
@@ -15,7 +16,7 @@ use smolvm_proto::{Frame, Kind};
 use tokio::time::Instant;
 
 use crate::driver::{
-    Driver, End, Motion, PING_STREAM, Phase, STILL_TIME, Waiter, Wish, broken, failure,
+    self, Driver, End, Motion, PING_STREAM, Phase, STILL_TIME, Waiter, Wish, broken, failure,
 };
 use crate::error::KeeperError;
 
@@ -23,9 +24,14 @@ impl Driver {
     /// Begins to make the guest stand still, for `wish`.
     pub(crate) async fn ask_to_stand_still(&mut self, wish: Wish) {
         let serving = matches!(self.phase, Phase::Serving(_));
+        let name = &self.launch.name;
         let refusal = match (&self.motion, &wish) {
-            _ if !serving => "the sandbox does not run yet, or is going down",
-            (Motion::Asked { .. }, _) => "the sandbox is being paused or copied at this moment",
+            _ if !serving => not_serving(name),
+            (Motion::Asked { .. }, _) => Error::new(
+                ErrorKind::Busy,
+                format!("sandbox `{name}` is being paused or copied by another command"),
+            )
+            .hint("try again when that has ended; it takes a moment"),
             (Motion::Moving, _) => {
                 self.guest
                     .send(Frame::message(PING_STREAM, Kind::Open, &Request::Ping));
@@ -50,7 +56,7 @@ impl Driver {
                 return;
             }
         };
-        self.answer(wish.waiter(), &failure(refusal.to_owned(), Vec::new()));
+        self.answer(wish.waiter(), &driver::refusal(&refusal));
     }
 
     /// The guest has read everything: it may stand still.
@@ -107,7 +113,8 @@ impl Driver {
         };
         self.release(held);
         let message = format!(
-            "the guest's agent did not answer within {} s, so it was not made to stand still",
+            "the guest of sandbox `{}` did not answer within {} s, so it was not made to stand still",
+            self.launch.name,
             STILL_TIME.as_secs()
         );
         self.answer(wish.waiter(), &failure(message, Vec::new()));
@@ -116,8 +123,7 @@ impl Driver {
     /// Lets a paused guest go on, and gives it its clock back. Answered when it has that.
     pub(crate) async fn resume(&mut self, waiter: Waiter) -> Option<End> {
         if !matches!(self.phase, Phase::Serving(_)) {
-            let message = "the sandbox does not run yet, or is going down".to_owned();
-            self.answer(waiter, &failure(message, Vec::new()));
+            self.answer(waiter, &driver::refusal(&not_serving(&self.launch.name)));
             return None;
         }
         if matches!(self.motion, Motion::Moving | Motion::Asked { .. }) {
@@ -177,6 +183,14 @@ impl Driver {
         }
         Ok(still)
     }
+}
+
+fn not_serving(name: &str) -> Error {
+    Error::new(
+        ErrorKind::NotRunning,
+        format!("sandbox `{name}` does not run yet, or is going down"),
+    )
+    .hint("see its state with `smolvm ls --all`")
 }
 
 impl Wish {

@@ -126,7 +126,7 @@ async fn unless_stuck<T>(
 
 /// How long to wait on, after `passed`, of which there was no processor for `starved`; `None` if the
 /// machine has had its time.
-fn time_left(
+pub(crate) fn time_left(
     passed: Duration,
     starved: Duration,
     own: Duration,

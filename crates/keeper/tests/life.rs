@@ -13,8 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::store::Store;
 use smolvm_engine::{
-    BuiltTemplate, Cancel, Config, DiskMode, Engine, ErrorKind, KernelChoice, PoolSpec, Progress,
-    Pruned, Result, SandboxSpec, State,
+    BuiltTemplate, Cancel, CommitOptions, Config, DiskMode, Engine, ErrorKind, ExecEvent, ExecSpec,
+    KernelChoice, PoolSpec, Progress, Pruned, Result, SandboxSpec, State,
 };
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Faults, Os};
@@ -318,6 +318,231 @@ async fn a_member_whose_keeper_died_is_passed_over() {
     let none = PoolSpec { size: 0, ..pool };
     engine.set_pool(&none, &mut |_| {}).await.expect("removed");
     home.assert_clean("after a dead member");
+}
+
+/// Members that do not answer are given up one after the other, and are gone; nothing is counted as
+/// claimed, and the name is free.
+#[tokio::test]
+async fn members_that_do_not_answer_are_removed() {
+    let home = Home::new();
+    let engine = home.engine();
+    let pool = pool(2, &[]);
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    let store = Store::open(&home.layout().database()).expect("a store");
+    let before: Vec<_> = store.sandboxes().expect("rows");
+    let begun = std::time::Instant::now();
+    let claimed = engine.claim(&spec("a-deaf")).await.expect("an answer");
+    assert!(claimed.is_none(), "nobody answered");
+    // Not a measurement: each alone had ten seconds before.
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    for row in before {
+        let now = store.sandbox(&row.id).expect("read");
+        assert!(
+            now.is_none_or(|now| now.state == State::Deleting),
+            "it is there still"
+        );
+    }
+    let counted = &engine.pools().expect("a list")[0];
+    assert_eq!((counted.hits, counted.misses), (0, 1));
+    engine.create(&spec("a-deaf")).expect("the name is free");
+    engine.delete("a-deaf").await.expect("deleted");
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    home.assert_clean("after deaf members");
+}
+
+/// Members of a kernel that is not the default any more are not called ready, and are replaced by the
+/// next filling.
+#[tokio::test]
+async fn a_pool_whose_kernel_changed_is_filled_anew() {
+    let home = Home::new();
+    let engine = home.engine();
+    let pool = pool(1, &[]);
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    add_kernel(&home, "small-1-0a1b2c3d");
+    let now = &engine.pools().expect("a list")[0];
+    assert_eq!((now.ready, now.stale), (0, 1));
+    assert!(engine.claim(&spec("a")).await.expect("an answer").is_none());
+    // Filled in the background.
+    let filled = async {
+        while engine.pools().expect("a list")[0].ready == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let filled = tokio::time::timeout(Duration::from_secs(60), filled).await;
+    filled.expect("nobody fills the pool");
+    let (_session, _) = engine
+        .claim(&spec("a"))
+        .await
+        .expect("an answer")
+        .expect("a member");
+    assert_eq!(engine.info("a").expect("a row").kernel, "small-1-0a1b2c3d");
+    engine.delete("a").await.expect("deleted");
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    home.assert_clean("after a new kernel");
+}
+
+#[tokio::test]
+async fn a_member_has_no_name_to_anybody() {
+    let home = Home::new();
+    let engine = home.engine();
+    let pool = pool(1, &[]);
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    let store = Store::open(&home.layout().database()).expect("a store");
+    let name = store.sandboxes().expect("rows")[0].spec.name.to_string();
+    let kind = |result: Result<()>| result.expect_err("unknown").kind();
+    let unknown = ErrorKind::NotFound;
+    assert_eq!(kind(engine.info(&name).map(drop)), unknown);
+    assert_eq!(kind(engine.start(&name).await.map(drop)), unknown);
+    assert_eq!(kind(engine.connect(&name).await.map(drop)), unknown);
+    assert_eq!(kind(engine.pause(&name).await), unknown);
+    assert_eq!(kind(engine.resume(&name).await), unknown);
+    assert_eq!(
+        kind(engine.fork(&name, 1, Some("b")).await.map(drop)),
+        unknown
+    );
+    let stop = engine.stop(&name, Duration::ZERO).await;
+    assert_eq!(kind(stop.map(drop)), unknown);
+    assert_eq!(kind(engine.delete(&name).await), unknown);
+    assert_eq!(engine.pools().expect("a list")[0].ready, 1);
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    home.assert_clean("after a member");
+}
+
+/// A keeper loses what it cannot log, and nothing else.
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let home = Home::new();
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .expect("full(4)");
+    // Without arguments it has something to say at once.
+    let status = std::process::Command::new(home.config().keeper)
+        .stderr(full)
+        .status()
+        .expect("run");
+    assert_eq!(status.code(), Some(2), "it ended in another way");
+}
+
+/// Fails every effect of one kind.
+#[derive(Debug)]
+struct Always(&'static str);
+
+impl Faults for Always {
+    fn before(&self, op: &'static str, _path: &Path) -> io::Result<()> {
+        if op == self.0 { Err(full()) } else { Ok(()) }
+    }
+}
+
+/// A sandbox that cannot be put right is shown as it is, and keeps nobody from the others.
+#[tokio::test]
+async fn a_repair_that_fails_keeps_nobody_from_the_list() {
+    let home = Home::new();
+    let engine = home.engine();
+    for name in ["a", "b"] {
+        engine.create(&spec(name)).expect("created");
+    }
+    engine.start("a").await.expect("started");
+    let killed = keeper(&engine, "a").kill_and_wait(Duration::from_secs(10));
+    killed.expect("killed");
+    let faults = Os::with_faults(Arc::new(Always("lock the sandbox")));
+    let hindered = Engine::with_os(home.config(), faults);
+    let rows = hindered.list().expect("a list");
+    let states: Vec<_> = rows.iter().map(|row| row.state).collect();
+    assert_eq!(states, [State::Error, State::Created]);
+    let info = hindered.info("a").expect("a row");
+    assert_eq!(info.state, State::Error);
+    assert!(info.reason.expect("a reason").contains("cannot lock"));
+    hindered.delete("a").await.expect("deleted all the same");
+    engine.delete("b").await.expect("deleted");
+    home.assert_clean("after a failed repair");
+}
+
+/// A kernel whose description does not read keeps nobody from the others.
+#[tokio::test]
+async fn a_damaged_kernel_is_shown_and_can_be_removed() {
+    let home = Home::new();
+    let engine = home.engine();
+    add_kernel(&home, "small-6.1-0");
+    let description = home.layout().kernels().join("small-6.1-0/kernel.json");
+    std::fs::write(description, "{").expect("damaged");
+    let kernels = engine.kernels().expect("a list");
+    let damaged: Vec<_> = kernels
+        .iter()
+        .map(|kernel| kernel.damage.is_some())
+        .collect();
+    assert_eq!(damaged, [true, false]);
+    let made = engine.create(&spec("a")).expect("with the other one");
+    assert_eq!(made.kernel, "stock");
+    engine.remove_kernel("small-6.1-0").expect("removed");
+    assert_eq!(engine.kernels().expect("a list").len(), 1);
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after a damaged kernel");
+}
+
+/// Copies live as long as what they are of, and whoever makes them is told of each.
+#[tokio::test]
+async fn copies_have_the_time_to_live_of_their_source() {
+    let home = Home::new();
+    let engine = home.engine();
+    let ttl = Some(Duration::from_secs(3600));
+    engine
+        .create(&SandboxSpec { ttl, ..spec("a") })
+        .expect("created");
+    engine.start("a").await.expect("started");
+    let (made, names) = std::sync::mpsc::channel();
+    let fork = engine.fork_telling("a", 2, None, &made).await;
+    assert_eq!(fork.expect("forked").children.len(), 2);
+    let mut told: Vec<_> = names.try_iter().map(|name| name.to_string()).collect();
+    told.sort();
+    assert_eq!(told, ["a-1", "a-2"]);
+    engine.snapshot("a", Some("s")).await.expect("a snapshot");
+    let name = "b".parse().expect("a name");
+    engine.restore("s", &name).await.expect("restored");
+    for name in ["a", "a-1", "a-2", "b"] {
+        assert_eq!(engine.info(name).expect("a row").ttl, ttl, "{name}");
+        engine.delete(name).await.expect("deleted");
+    }
+    engine.remove_snapshot("s").expect("removed");
+    home.assert_clean("after copies");
+}
+
+/// A guest that answers nothing any more keeps nobody for longer than he wants to wait.
+#[tokio::test]
+async fn a_guest_that_is_stuck_keeps_nobody() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    let (session, _) = engine.start("a").await.expect("started");
+    let timed = |word: &str| ExecSpec {
+        timeout: Some(Duration::from_millis(1)),
+        ..ExecSpec::new(vec![word.into()])
+    };
+    let mut running = session.exec(&timed("hang")).await.expect("started");
+    let freeze = ExecSpec::new(vec!["freeze".into()]);
+    let _freezing = session.exec(&freeze).await.expect("started");
+    let late = timed("late");
+    let (ended, refused) = tokio::join!(running.next(), session.exec(&late));
+    match ended.expect("an end") {
+        ExecEvent::Exited(status) => assert!(status.timed_out, "{status:?}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(refused.expect_err("no answer").kind(), ErrorKind::Timeout);
+    let facts = session.facts_within(Duration::from_millis(1)).await;
+    assert_eq!(facts.expect_err("no answer").kind(), ErrorKind::Timeout);
+    let image = "tools".parse().expect("a name");
+    let options = CommitOptions::default();
+    let mut watcher = |_: &Progress| {};
+    let committed = engine.commit("a", &image, &options, &mut watcher, std::future::ready(()));
+    assert_eq!(
+        committed.await.expect_err("given up").kind(),
+        ErrorKind::Cancelled
+    );
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after a guest that was stuck");
 }
 
 #[tokio::test]
@@ -717,7 +942,29 @@ async fn a_kernel_in_use_is_not_removed() {
     engine.create(&spec("user")).expect("a sandbox");
     let error = engine.remove_kernel("small-6.1-0").expect_err("it is used");
     assert_eq!(error.kind(), ErrorKind::Busy);
-    assert_eq!(error.to_string(), "kernel `small-6.1-0` is used by `user`");
+    assert_eq!(
+        error.to_string(),
+        "kernel `small-6.1-0` is used by sandbox `user`"
+    );
+    let pool = pool(1, &[]);
+    engine.set_pool(&pool, &mut |_| {}).await.expect("a pool");
+    engine.start("user").await.expect("it runs");
+    engine
+        .snapshot("user", Some("then"))
+        .await
+        .expect("a snapshot");
+    let error = engine.remove_kernel("small-6.1-0").expect_err("it is used");
+    assert_eq!(
+        error.to_string(),
+        "kernel `small-6.1-0` is used by sandbox `user` and snapshot `then` and 1 pool"
+    );
+    let kernels = engine.kernels().expect("a list");
+    let small = kernels.iter().find(|kernel| kernel.key == "small-6.1-0");
+    assert_eq!(small.expect("listed").used_by, ["user"]);
+    let none = PoolSpec { size: 0, ..pool };
+    engine.set_pool(&none, &mut |_| {}).await.expect("removed");
+    engine.remove_snapshot("then").expect("removed");
+    engine.stop("user", Duration::ZERO).await.expect("stopped");
     engine.start("user").await.expect("it is there still");
     let templates = || std::fs::read_dir(home.layout().templates()).map_or(0, Iterator::count);
     let with = templates();

@@ -21,7 +21,7 @@ Example:
   smolvm run --image tools:v1 -- true
 
 The image is the whole root file system, /tmp included; other mounts, sockets and what only is in
-memory are not in it. /etc/machine-id is empty in it, and each sandbox gets its own.")]
+memory are not in it. /etc/machine-id is empty in it: each sandbox made from it gets one of its own.")]
 pub(crate) struct Args {
     /// The sandbox, which has to run
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]

@@ -17,14 +17,11 @@ const AT_ONCE: usize = 8;
 
 /// Arguments of `delete`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  smolvm rm box other")]
+#[command(after_help = "Examples:\n  smolvm rm box other\n  smolvm rm --all")]
+#[command(group(clap::ArgGroup::new("which").args(["names", "all"]).required(true)))]
 pub(crate) struct Args {
     /// The sandboxes
-    #[arg(
-        value_name = "NAME",
-        required_unless_present = "all",
-        conflicts_with = "all"
-    )]
+    #[arg(value_name = "NAME")]
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
     names: Vec<String>,
     /// All of them

@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(long)]
     start: bool,
     /// Most time to boot [default: 1m]
-    #[arg(long, value_name = "TIME", value_parser = units::limit, requires = "start")]
+    #[arg(long, value_name = "TIME", value_parser = units::boot_limit, requires = "start")]
     boot_timeout: Option<std::time::Duration>,
 }
 

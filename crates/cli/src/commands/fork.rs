@@ -1,5 +1,7 @@
 //! `smolvm fork`: copies of a running sandbox that go on where it is.
 
+use std::sync::mpsc;
+
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 
@@ -16,8 +18,10 @@ Example:
 
 Prints the names of the copies: box-1, box-2, box-3. Each goes on with the processes, open files
 and memory of `box`, which stands still only while it is copied. Memory is shared until a copy
-writes to it. Each copy has a host name, clock and random numbers of its own; commands that ran
-when it was made go on in it, and their output is dropped. A copy has no published ports.")]
+writes to it. Each copy has a host name and clock of its own, and its kernel other random numbers; a
+program that has a generator of its own, such as Python's `random`, goes on with the same numbers in
+each. Commands that ran when it was made go on in it, and their output is dropped. Where `box` has a --ttl, each copy has the
+same, from its own start. A copy has no published ports.")]
 pub(crate) struct Args {
     /// The sandbox
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
@@ -38,9 +42,18 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let fork = block_on(async {
         let mut signals = Signals::install()?;
         let prefix = args.prefix.as_deref();
-        signals
-            .or_interrupted(engine.fork(&args.name, args.count, prefix))
-            .await
+        let (made, names) = mpsc::channel();
+        let forked = engine.fork_telling(&args.name, args.count, prefix, &made);
+        match signals.or_interrupted(forked).await {
+            Err(CliError::Interrupted) => {
+                // Nobody was told of them. What went wrong first is what counts.
+                for name in names.try_iter() {
+                    let _ = signals.or_interrupted(engine.delete(name.as_str())).await;
+                }
+                Err(CliError::Interrupted)
+            }
+            other => other,
+        }
     })?;
     let mut failed = Vec::new();
     let mut vms = Vec::new();

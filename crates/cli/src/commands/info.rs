@@ -1,5 +1,7 @@
 //! `smolvm info`: everything about one sandbox, live where it runs.
 
+use std::time::Duration;
+
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 use smolvm_engine::ssh::SSH_ADDRESS;
@@ -8,6 +10,9 @@ use smolvm_engine::{Engine, GuestFacts, SandboxInfo, State};
 use super::{Context, Outcome, block_on, network, port};
 use crate::report::CliError;
 use crate::{complete, units};
+
+/// Time the guest has to answer before the rest is shown without it.
+const FACTS_TIME: Duration = Duration::from_secs(3);
 
 const MIB: u64 = 1024 * 1024;
 
@@ -24,8 +29,16 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
     let info = engine.info(&args.name)?;
-    let facts = live_facts(&engine, &info);
-    cx.out.table(&[], rows(&info, facts.as_ref()))?;
+    let (facts, silence) = match live_facts(&engine, &info) {
+        Some(Ok(facts)) => (Some(facts), None),
+        Some(Err(why)) => (None, Some(why)),
+        None => (None, None),
+    };
+    let mut table = rows(&info, facts.as_ref());
+    if let Some(why) = &silence {
+        table.push(vec!["Guest:".to_owned(), why.clone()]);
+    }
+    cx.out.table(&[], table)?;
     let memory_used = facts
         .as_ref()
         .map(|facts| used(facts.memory_total_bytes, facts.memory_available_bytes) / MIB);
@@ -74,24 +87,25 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "started_at": info.started_at,
             "stopped_at": info.stopped_at,
             "guest": guest,
+            "guest_failure": silence,
         },
     })
     .into())
 }
 
-/// What the guest says of itself. A guest that does not answer is no reason to hide the rest.
-fn live_facts(engine: &Engine, info: &SandboxInfo) -> Option<GuestFacts> {
+/// What the guest of a running sandbox says of itself, or why it does not: no reason to hide the rest.
+fn live_facts(engine: &Engine, info: &SandboxInfo) -> Option<Result<GuestFacts, String>> {
     if info.state != State::Running {
         return None;
     }
-    let facts = block_on(async { Ok(engine.connect(info.name.as_str()).await?.facts().await?) });
-    match facts {
-        Ok(facts) => Some(facts),
-        Err(error) => {
-            tracing::info!(%error, "no live facts");
-            None
-        }
-    }
+    let facts = block_on(async {
+        let session = engine.connect(info.name.as_str()).await?;
+        Ok(session.facts_within(FACTS_TIME).await?)
+    });
+    Some(facts.map_err(|error| {
+        tracing::info!(%error, "no live facts");
+        "does not answer".to_owned()
+    }))
 }
 
 fn used(total: u64, available: u64) -> u64 {

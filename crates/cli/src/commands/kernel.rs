@@ -5,6 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use smolvm_engine::KernelInfo;
 
+use super::tally::Tally;
 use super::{Context, Outcome, block_on};
 use crate::prepare;
 use crate::report::CliError;
@@ -105,7 +106,10 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
                     units::show_bytes(kernel.size_bytes),
                     if kernel.is_default { "yes" } else { "" }.to_owned(),
                     kernel.used_by.len().to_string(),
-                    kernel.source.clone(),
+                    match &kernel.damage {
+                        Some(_) => "damaged: see `smolvm kernel rm`".to_owned(),
+                        None => kernel.source.clone(),
+                    },
                 ]
             })
             .collect(),
@@ -117,11 +121,13 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
 /// Removes kernels.
 pub(crate) fn remove(args: &RemoveArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    for key in &args.keys {
-        engine.remove_kernel(key)?;
-        cx.out.line(key)?;
+    let mut tally = Tally::of(&args.keys);
+    for key in tally.names() {
+        let result = engine.remove_kernel(&key);
+        tally.note(cx, key, result)?;
     }
-    Ok(json!({ "removed": args.keys }).into())
+    let data = json!({ "removed": tally.done, "failed": tally.failed });
+    Ok(tally.outcome(data, "kernels were not removed"))
 }
 
 fn object(kernel: &KernelInfo) -> Value {
@@ -132,5 +138,6 @@ fn object(kernel: &KernelInfo) -> Value {
         "size_bytes": kernel.size_bytes,
         "default": kernel.is_default,
         "sandboxes": kernel.used_by,
+        "damage": kernel.damage,
     })
 }

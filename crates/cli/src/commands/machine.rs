@@ -32,7 +32,7 @@ pub(crate) struct Shape {
 #[command(next_help_heading = "Sandbox")]
 pub(crate) struct Kind {
     /// Virtual CPUs
-    #[arg(long, value_name = "COUNT", default_value_t = CPUS_DEFAULT)]
+    #[arg(long, value_name = "COUNT", value_parser = units::cpus, default_value_t = CPUS_DEFAULT)]
     cpus: u8,
     /// Memory: 512 (MiB), 512M or 1G
     #[arg(long, value_name = "SIZE", value_parser = units::mib, default_value_t = MEMORY_MIB_DEFAULT)]
@@ -133,7 +133,7 @@ pub(crate) struct Machine {
     #[arg(long, value_name = "TIME", value_parser = units::limit)]
     ttl: Option<Duration>,
     /// Most time to boot [default: 1m]
-    #[arg(long, value_name = "TIME", value_parser = units::limit)]
+    #[arg(long, value_name = "TIME", value_parser = units::boot_limit)]
     pub(crate) boot_timeout: Option<Duration>,
     /// Kernel to boot: small, docker, stock (that of the distribution), or a file (vmlinux or bzImage)
     /// [default: small if it was built, else stock]

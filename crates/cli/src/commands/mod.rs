@@ -32,6 +32,7 @@ pub(crate) mod snapshot;
 pub(crate) mod ssh;
 pub(crate) mod start;
 pub(crate) mod stop;
+mod tally;
 pub(crate) mod template;
 
 use std::ffi::OsString;
@@ -353,6 +354,8 @@ fn log(verbose: u8) {
         .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // Whatever standard error is: a line that cannot be written is no reason to panic.
+        .log_internal_errors(false)
         .init();
 }
 

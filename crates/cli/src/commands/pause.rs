@@ -3,6 +3,7 @@
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 
+use super::tally::Tally;
 use super::{Context, Outcome, block_on};
 use crate::complete;
 use crate::report::CliError;
@@ -35,29 +36,31 @@ pub(crate) fn resume(args: &ResumeArgs, cx: &Context) -> Result<Outcome, CliErro
     each(cx, &args.names, false)
 }
 
-/// One after the other; the first that fails ends it, and those before it are told.
+/// One after the other; one that fails is told, and keeps nobody from the next.
 fn each(cx: &Context, names: &[String], pause: bool) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let mut done = Vec::new();
-    let result = block_on(async {
-        for name in names {
-            if pause {
-                engine.pause(name).await?;
+    let mut tally = Tally::of(names);
+    block_on(async {
+        for name in tally.names() {
+            let result = if pause {
+                engine.pause(&name).await
             } else {
-                engine.resume(name).await?;
-            }
-            cx.out.line(name)?;
-            done.push(name);
+                engine.resume(&name).await
+            };
+            tally.note(cx, name, result)?;
         }
         Ok(())
-    });
+    })?;
     let status = if pause { "paused" } else { "running" };
-    let vms: Vec<_> = done
+    let vms: Vec<_> = tally
+        .done
         .iter()
         .map(|name| json!({ "name": name, "status": status }))
         .collect();
-    Ok(Outcome {
-        data: json!({ "vms": vms }),
-        error: result.err(),
-    })
+    let data = json!({ "vms": vms, "failed": tally.failed });
+    let what = format!(
+        "sandboxes were not {}",
+        if pause { "paused" } else { "resumed" }
+    );
+    Ok(tally.outcome(data, &what))
 }

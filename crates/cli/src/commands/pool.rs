@@ -74,14 +74,25 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
             let kernel = KernelChoice::Auto;
             prepare::image(cx, &engine, &mut signals, &spec.image, &kernel, spec.nic).await?;
         }
-        let mut told = |ready| {
+        let mut last = 0;
+        let mut told = |ready: u32| {
+            // There may be more than are wanted until it is done.
+            last = ready.min(args.size);
             if ready > 0 {
-                cx.out.status(&format!("{ready} of {} ready", args.size));
+                cx.out.status(&format!("{last} of {} ready", args.size));
             }
         };
-        signals
+        let filled = signals
             .or_interrupted(engine.set_pool(&spec, &mut told))
-            .await
+            .await;
+        if matches!(filled, Err(CliError::Interrupted)) && args.size > 0 {
+            cx.out.status(&format!(
+                "the pool has {last} of {} members; the rest is made in the background when one is \
+                 next asked for",
+                args.size
+            ));
+        }
+        filled
     })?;
     let pool = engine.pools()?.into_iter().find(|pool| pool.spec == spec);
     Ok(json!({ "pool": pool.as_ref().map(describe) }).into())
@@ -92,8 +103,8 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
     let pools = cx.engine(None)?.pools()?;
     cx.out.table(
         &[
-            "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "SIZE", "READY", "COMING", "HITS",
-            "MISSES", "FAILURE",
+            "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "SIZE", "READY", "COMING", "STALE",
+            "HITS", "MISSES", "FAILURE",
         ],
         pools
             .iter()
@@ -107,6 +118,7 @@ pub(crate) fn list(_: &ListArgs, cx: &Context) -> Result<Outcome, CliError> {
                     pool.spec.size.to_string(),
                     pool.ready.to_string(),
                     pool.coming.to_string(),
+                    pool.stale.to_string(),
                     pool.hits.to_string(),
                     pool.misses.to_string(),
                     pool.failure.clone().unwrap_or_default(),
@@ -162,6 +174,7 @@ fn describe(pool: &PoolInfo) -> Value {
         "warm_commands": pool.spec.commands,
         "ready": pool.ready,
         "coming": pool.coming,
+        "stale": pool.stale,
         "hits": pool.hits,
         "misses": pool.misses,
         "failure": pool.failure,

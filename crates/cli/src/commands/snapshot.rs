@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use smolvm_engine::layout::SavedMachine;
 use smolvm_engine::{SandboxName, SnapshotInfo};
 
+use super::tally::Tally;
 use super::{Context, Outcome, block_on};
 use crate::report::CliError;
 use crate::signals::Signals;
@@ -38,7 +39,8 @@ pub(crate) struct ListArgs {}
 Example:
   smolvm snapshot restore before --name again
 
-Prints the new sandbox's name. A snapshot may be restored any number of times, also at once.")]
+Prints the new sandbox's name. A snapshot may be restored any number of times, also at once. Where
+the sandbox it was taken of had a --ttl, the new one has the same, from its own start.")]
 pub(crate) struct RestoreArgs {
     /// The snapshot
     #[arg(add = ArgValueCandidates::new(complete::snapshots))]
@@ -138,27 +140,16 @@ pub(crate) fn restore(args: &RestoreArgs, cx: &Context) -> Result<Outcome, CliEr
     .into())
 }
 
-/// Deletes snapshots; the first that fails ends it, and those before it are told.
+/// Deletes snapshots; one that fails is told, and keeps nobody from the next.
 pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
     let engine = cx.engine(None)?;
-    let mut deleted = Vec::new();
-    let mut error = None;
-    for name in &args.names {
-        match engine.remove_snapshot(name) {
-            Ok(()) => {
-                cx.out.line(name)?;
-                deleted.push(name);
-            }
-            Err(failure) => {
-                error = Some(failure.into());
-                break;
-            }
-        }
+    let mut tally = Tally::of(&args.names);
+    for name in tally.names() {
+        let result = engine.remove_snapshot(&name);
+        tally.note(cx, name, result)?;
     }
-    Ok(Outcome {
-        data: json!({ "deleted": deleted }),
-        error,
-    })
+    let data = json!({ "deleted": tally.done, "failed": tally.failed });
+    Ok(tally.outcome(data, "snapshots were not deleted"))
 }
 
 fn describe(snapshot: &SnapshotInfo) -> Value {

@@ -18,7 +18,7 @@ pub(crate) struct Args {
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
     name: String,
     /// Most time to boot [default: 1m]
-    #[arg(long, value_name = "TIME", value_parser = units::limit)]
+    #[arg(long, value_name = "TIME", value_parser = units::boot_limit)]
     boot_timeout: Option<Duration>,
 }
 

@@ -28,7 +28,7 @@ pub(crate) struct BuildArgs {
     #[command(flatten)]
     kind: Kind,
     /// Most time to boot [default: 1m]
-    #[arg(long, value_name = "TIME", value_parser = units::limit)]
+    #[arg(long, value_name = "TIME", value_parser = units::boot_limit)]
     boot_timeout: Option<Duration>,
     /// Kernel to boot: small, docker, stock (that of the distribution), or a file (vmlinux or bzImage)
     /// [default: small if it was built, else stock]
@@ -51,13 +51,10 @@ Example:
   smolvm template rm 0123456789abcdef
 
 Sandboxes that were started from it keep what they have. The next one of the kind builds it anew.")]
+#[command(group(clap::ArgGroup::new("which").args(["ids", "all"]).required(true)))]
 pub(crate) struct RemoveArgs {
     /// Its id, as `smolvm template ls` shows it
-    #[arg(
-        value_name = "ID",
-        required_unless_present = "all",
-        conflicts_with = "all"
-    )]
+    #[arg(value_name = "ID")]
     #[arg(add = ArgValueCandidates::new(complete::templates))]
     ids: Vec<String>,
     /// All of them

@@ -9,6 +9,7 @@ mod images;
 mod networks;
 pub(crate) mod pools;
 mod ports;
+pub(crate) mod reserve;
 pub(crate) mod rows;
 pub(crate) mod snapshots;
 mod ssh;
@@ -95,6 +96,7 @@ impl Store {
                 .and_then(|file| file.set_permissions(std::fs::Permissions::from_mode(0o600)))
                 .map_err(|error| crate::error::io(doing(), error).hint(OTHER_DIRECTORY))?;
         }
+        reserve::prepare(path, extra.contains(OpenFlags::SQLITE_OPEN_CREATE))?;
         let connection =
             Connection::open_with_flags(path, flags).map_err(|error| sql(doing(), error))?;
         connection
@@ -107,7 +109,27 @@ impl Store {
             .map_err(|error| sql(doing(), error))?;
         let mut store = Self { connection };
         store.migrate(path)?;
+        reserve::allocate_index(path);
         Ok(store)
+    }
+
+    /// Writes, on a full disk with the reserve given back. For what frees space, and for what has
+    /// happened whether it is written or not.
+    fn in_any_case<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        match work(&mut self.connection) {
+            Err(error) if is_full(&error) => {
+                let path = self.connection.path().map(std::path::PathBuf::from);
+                if path.is_some_and(|path| reserve::give_back(&path)) {
+                    work(&mut self.connection)
+                } else {
+                    Err(error)
+                }
+            }
+            done => done,
+        }
     }
 
     fn migrate(&mut self, path: &Path) -> Result<()> {
@@ -163,12 +185,24 @@ fn enter_wal(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "wal")
 }
 
+/// Whether the disk has no room for what SQLite has to write.
+fn is_full(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+        || error.sqlite_error().is_some_and(|error| {
+            [
+                rusqlite::ffi::SQLITE_IOERR_SHMSIZE,
+                rusqlite::ffi::SQLITE_IOERR_SHMOPEN,
+            ]
+            .contains(&error.extended_code)
+        })
+}
+
 /// A database failure with what was being done.
 fn sql(doing: impl Into<String>, error: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode;
     let kind = match error.sqlite_error_code() {
+        _ if is_full(&error) => ErrorKind::NoSpace,
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => ErrorKind::Busy,
-        Some(ErrorCode::DiskFull) => ErrorKind::NoSpace,
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
             ErrorKind::PermissionDenied
         }
@@ -176,13 +210,13 @@ fn sql(doing: impl Into<String>, error: rusqlite::Error) -> Error {
         _ => ErrorKind::Internal,
     };
     let failure = Error::new(kind, doing).because(error);
-    if kind == ErrorKind::State {
-        failure.hint(
+    match kind {
+        ErrorKind::State => failure.hint(
             "restore the file from a backup, or move it away: images are then prepared anew, and \
              `smolvm sandbox prune` removes what is left of the sandboxes",
-        )
-    } else {
-        failure
+        ),
+        ErrorKind::NoSpace => failure.hint(reserve::FREE_SPACE),
+        _ => failure,
     }
 }
 
@@ -233,6 +267,46 @@ mod tests {
         let error = Store::open(&path).expect_err("too new");
         assert_eq!(error.kind(), ErrorKind::State);
         assert!(error.to_string().contains("version 99"), "{error}");
+    }
+
+    #[test]
+    fn on_a_full_disk_the_reserve_is_given_back_and_then_it_is_said() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("state.db");
+        let mut store = Store::open(&path).expect("a store");
+        store
+            .put_host_fact("a", "boot", "b")
+            .expect("room for little");
+        // As full as a disk is to SQLite: it may take no more pages, until something is given back.
+        let limit = |store: &Store, pages: i64| {
+            store
+                .connection
+                .pragma_update(None, "max_page_count", pages)
+                .expect("a limit");
+        };
+        limit(&store, 1);
+        let reserve = path.with_file_name("reserve");
+        std::fs::write(&reserve, "x").expect("a reserve");
+        let big = "x".repeat(1 << 20);
+        let mut tries = 0;
+        let mut write = |connection: &mut Connection| {
+            tries += 1;
+            if !reserve.exists() {
+                connection.pragma_update(None, "max_page_count", 1 << 20)?;
+            }
+            connection.execute(
+                "INSERT OR REPLACE INTO host_facts (name, boot_id, value) VALUES ('a', 'b', ?)",
+                [&big],
+            )
+        };
+        store.in_any_case(&mut write).expect("written");
+        assert_eq!(tries, 2);
+        limit(&store, 1);
+        let error = store
+            .put_host_fact("c", "boot", &"y".repeat(8 << 20))
+            .expect_err("there is no room");
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(error.hint_text(), Some(reserve::FREE_SPACE));
     }
 
     #[test]

@@ -122,6 +122,12 @@ impl Store {
         self.change(text, id, params![id])
     }
 
+    /// Takes back that a sandbox was claimed: it did not become one.
+    pub fn uncount_pool_hit(&mut self, id: &str) -> Result<()> {
+        let text = "UPDATE pools SET hits = max(hits - 1, 0) WHERE id = ?1";
+        self.change(text, id, params![id])
+    }
+
     /// Records why filling a pool ended early, or that it did not.
     pub fn set_pool_failure(&mut self, id: &str, failure: Option<&str>) -> Result<()> {
         let text = "UPDATE pools SET failure = ?2 WHERE id = ?1";

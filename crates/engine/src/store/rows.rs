@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use rusqlite::types::Type;
-use rusqlite::{Row, named_params, params};
+use rusqlite::{OptionalExtension as _, Row, named_params, params};
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::process::ProcessIdentity;
 
@@ -72,6 +72,20 @@ impl State {
             Self::Stopped => "stopped",
             Self::Error => "error",
             Self::Deleting => "deleting",
+        }
+    }
+
+    /// The state in a sentence, after "it is".
+    pub(crate) fn in_words(self) -> &'static str {
+        match self {
+            Self::Created => "not started yet",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Error => "off after an error",
+            Self::Deleting => "being deleted",
         }
     }
 
@@ -245,23 +259,28 @@ impl Store {
     }
 
     /// Gives a running member of a pool the identity of the sandbox it becomes, in state `starting`,
-    /// and counts that for the pool. Says whether it was a member still.
+    /// and counts that for the pool, which it returns; `None` if it is a member no more.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is.
-    pub fn claim_member(&mut self, id: &str, new: &Identity, now: Timestamp) -> Result<bool> {
+    pub fn claim_member(
+        &mut self,
+        id: &str,
+        new: &Identity,
+        now: Timestamp,
+    ) -> Result<Option<String>> {
         let doing = || format!("could not record sandbox `{}`", new.name);
         let transaction = self
             .connection
             .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
             .map_err(|error| sql(doing(), error))?;
-        transaction
+        let pool = transaction
             .prepare_cached(
                 "UPDATE pools SET hits = hits + 1 WHERE id = \
-                 (SELECT pool_id FROM sandboxes WHERE id = ? AND state = 'running')",
+                 (SELECT pool_id FROM sandboxes WHERE id = ? AND state = 'running') RETURNING id",
             )
-            .and_then(|mut statement| statement.execute([id]))
+            .and_then(|mut statement| statement.query_row([id], |row| row.get(0)).optional())
             .map_err(|error| sql(doing(), error))?;
         let claimed = transaction
             .prepare_cached(
@@ -289,7 +308,7 @@ impl Store {
                 _ => sql(doing(), error),
             })?;
         if claimed == 0 {
-            return Ok(false);
+            return Ok(None);
         }
         // A member has the environment of its image, and the new identity has it as well.
         transaction
@@ -302,20 +321,21 @@ impl Store {
             insert_published(&transaction, id, port)?;
         }
         transaction.commit().map_err(|error| sql(doing(), error))?;
-        Ok(true)
+        // Its pool is not removed before its members are.
+        Ok(Some(pool.unwrap_or_default()))
     }
 
     /// Records whether a running sandbox is paused. Says whether it runs.
     pub fn set_paused(&mut self, id: &str, since: Option<Timestamp>) -> Result<bool> {
-        self.connection
-            .prepare_cached(
-                "UPDATE sandboxes SET paused_ms = ?2 WHERE id = ?1 AND state = 'running'",
-            )
-            .and_then(|mut statement| {
-                statement.execute(params![id, since.map(Timestamp::as_millisecond)])
-            })
-            .map(|changed| changed == 1)
-            .map_err(|error| sql(format!("could not record a pause of sandbox {id}"), error))
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached(
+                    "UPDATE sandboxes SET paused_ms = ?2 WHERE id = ?1 AND state = 'running'",
+                )?
+                .execute(params![id, since.map(Timestamp::as_millisecond)])
+        })
+        .map(|changed| changed == 1)
+        .map_err(|error| sql(format!("could not record a pause of sandbox {id}"), error))
     }
 
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
@@ -323,8 +343,8 @@ impl Store {
     /// `holder` runs it is left to that; else, if this process fails, any other may go on, unless a
     /// keeper has its lock. Idempotent.
     pub fn begin_delete(&mut self, id: &str, holder: Option<&ProcessIdentity>) -> Result<()> {
-        let mut change = || {
-            let transaction = self.connection.transaction()?;
+        let change = |connection: &mut rusqlite::Connection| {
+            let transaction = connection.transaction()?;
             transaction
                 .prepare_cached(
                     "UPDATE sandboxes SET state = 'deleting', reason = NULL, paused_ms = NULL, \
@@ -341,7 +361,7 @@ impl Store {
                 .execute([id])?;
             transaction.commit()
         };
-        change().map_err(|error| {
+        self.in_any_case(change).map_err(|error| {
             let deleting = State::Deleting;
             sql(
                 format!("could not record that sandbox {id} is {deleting}"),
@@ -433,11 +453,13 @@ impl Store {
              paused_ms = NULL WHERE id = ?1 AND state IN ({})",
             list(from)
         );
-        self.connection
-            .prepare_cached(&text)
-            .and_then(|mut statement| statement.execute(params![id, to.as_str(), reason, stopped]))
-            .map(|changed| changed == 1)
-            .map_err(|error| sql(format!("could not record that sandbox {id} is {to}"), error))
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached(&text)?
+                .execute(params![id, to.as_str(), reason, stopped])
+        })
+        .map(|changed| changed == 1)
+        .map_err(|error| sql(format!("could not record that sandbox {id} is {to}"), error))
     }
 
     /// Records the processes of a sandbox that is `starting`. Says whether it still is: if not,
@@ -473,16 +495,18 @@ impl Store {
 
     /// Removes a sandbox's row. Idempotent.
     pub fn delete_sandbox(&mut self, id: &str) -> Result<()> {
-        self.connection
-            .prepare_cached("DELETE FROM sandboxes WHERE id = ?")
-            .and_then(|mut statement| statement.execute([id]))
-            .map(|_| ())
-            .map_err(|error| {
-                sql(
-                    format!("could not remove the record of sandbox {id}"),
-                    error,
-                )
-            })
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached("DELETE FROM sandboxes WHERE id = ?")?
+                .execute([id])
+        })
+        .map(|_| ())
+        .map_err(|error| {
+            sql(
+                format!("could not remove the record of sandbox {id}"),
+                error,
+            )
+        })
     }
 
     /// A sandbox by its name.
@@ -895,10 +919,11 @@ pub(crate) mod tests {
         member.spec.env.clear();
         store.insert_sandbox(&member).expect("written");
         store.insert_sandbox(&row("taken")).expect("written");
-        assert!(
-            !store
+        assert_eq!(
+            store
                 .claim_member("id-member", &new("a"), now())
-                .expect("not ready")
+                .expect("not ready"),
+            None
         );
         store
             .transition("id-member", &State::ALL, State::Running, None, now())
@@ -909,11 +934,13 @@ pub(crate) mod tests {
             store
                 .claim_member("id-member", &new("a"), now())
                 .expect("claimed")
+                .is_some()
         );
-        assert!(
-            !store
+        assert_eq!(
+            store
                 .claim_member("id-member", &new("b"), now())
-                .expect("gone")
+                .expect("gone"),
+            None
         );
         let row = store.sandbox_named("a").expect("read").expect("there");
         assert_eq!((row.state, row.pool), (State::Starting, None));

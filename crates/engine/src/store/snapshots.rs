@@ -159,42 +159,44 @@ impl Store {
         state: SnapshotState,
         holder: Option<&ProcessIdentity>,
     ) -> Result<()> {
-        self.connection
-            .prepare_cached(
-                "UPDATE snapshots SET state = ?2, boot_id = ?3, holder_pid = ?4, holder_start = ?5 \
-                 WHERE id = ?1",
-            )
-            .and_then(|mut statement| {
-                statement.execute(params![
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached(
+                    "UPDATE snapshots SET state = ?2, boot_id = ?3, holder_pid = ?4, \
+                     holder_start = ?5 WHERE id = ?1",
+                )?
+                .execute(params![
                     id,
                     state.as_str(),
                     holder.map(|holder| &holder.boot_id),
                     holder.map(|holder| holder.pid),
                     holder.map(|holder| to_sql(holder.start_time_ticks)),
                 ])
-            })
-            .map(|_| ())
-            .map_err(|error| {
-                let state = state.as_str();
-                sql(
-                    format!("could not record that snapshot {id} is {state}"),
-                    error,
-                )
-            })
+        })
+        .map(|_| ())
+        .map_err(|error| {
+            let state = state.as_str();
+            sql(
+                format!("could not record that snapshot {id} is {state}"),
+                error,
+            )
+        })
     }
 
     /// Removes a snapshot's row. Idempotent.
     pub fn delete_snapshot(&mut self, id: &str) -> Result<()> {
-        self.connection
-            .prepare_cached("DELETE FROM snapshots WHERE id = ?")
-            .and_then(|mut statement| statement.execute([id]))
-            .map(|_| ())
-            .map_err(|error| {
-                sql(
-                    format!("could not remove the record of snapshot {id}"),
-                    error,
-                )
-            })
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached("DELETE FROM snapshots WHERE id = ?")?
+                .execute([id])
+        })
+        .map(|_| ())
+        .map_err(|error| {
+            sql(
+                format!("could not remove the record of snapshot {id}"),
+                error,
+            )
+        })
     }
 
     /// All snapshots, oldest first.
