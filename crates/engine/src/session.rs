@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use smolvm_proto::keeper::{KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, Ready};
 use smolvm_proto::message::{EntryKind, Event, ListRequest, Request};
+use tokio::time::{Instant, sleep_until};
 
 use crate::client::{Client, Heard, connect_socket};
 use crate::error::{Error, ErrorKind, Result};
@@ -241,7 +242,7 @@ where
 {
     let silence = async {
         loop {
-            tokio::time::sleep_until(tokio::time::Instant::now() + pause).await;
+            sleep_until(Instant::now() + pause).await;
             if tokio::time::timeout(time, ping()).await.is_err() {
                 return;
             }
