@@ -79,8 +79,9 @@ pub(crate) async fn record(
 ) -> std::io::Result<()> {
     console.set_nonblocking(true)?;
     let mut console = UnixStream::from_std(console)?;
-    // A full disk must not stop the guest's console, and so the guest.
-    let mut log = None;
+    // There from the first moment, so that it can be followed before the guest says anything. A full
+    // disk must not stop the guest's console, and so the guest: then it is tried again with each piece.
+    let mut log = Log::open(&path).ok();
     let mut told = false;
     let mut buffer = vec![0; 8192];
     loop {
@@ -101,7 +102,7 @@ pub(crate) async fn record(
     }
 }
 
-/// Writes to a log that is opened when there is first something for it and it can be.
+/// Writes to a log, which is opened if it could not be before.
 fn write(log: &mut Option<Log>, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     if log.is_none() {
         *log = Some(Log::open(path)?);

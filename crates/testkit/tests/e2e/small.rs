@@ -101,7 +101,7 @@ fn a_sandbox_gets_the_small_kernel_and_keeps_its_disk() {
     home.smolvm(["kernel", "rm", &key])
         .run()
         .expect(1)
-        .complains_of(&["is used by `box`", "smolvm rm"]);
+        .complains_of(&["is used by sandbox `box`", "smolvm rm"]);
     home.rm(&["box", "stock"]);
     home.smolvm(["kernel", "rm", &key]).run().ok();
     let kernels = home.json(["kernel", "ls"]);
