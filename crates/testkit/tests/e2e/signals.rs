@@ -64,7 +64,7 @@ fn an_interrupt_while_the_guest_boots_leaves_nothing() {
     let home = Home::new(1);
     for command in [&["run", "--", "true"][..], &["create"]] {
         let sandboxes = Entries::watch(&home.data().join("sandboxes"));
-        let booting = home.smolvm(command).spawn();
+        let booting = home.smolvm(command).env("SMOLVM_NO_TEMPLATES", "1").spawn();
         let dir = sandboxes.wait_for("the sandbox's directory", |_| true);
         Entries::watch(&dir).wait_for("console.log", |name| name == "console.log");
         booting.signal(Signal::INT);
