@@ -22,6 +22,7 @@ mod netlink;
 pub mod nft;
 mod sys;
 pub mod tap;
+pub mod user;
 
 use std::path::Path;
 

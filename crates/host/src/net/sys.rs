@@ -57,6 +57,13 @@ pub(super) fn set_persistent(device: BorrowedFd<'_>, persistent: bool) -> io::Re
     Ok(())
 }
 
+/// Moves the calling process, which has one thread, to a new user namespace.
+pub(super) fn unshare_user() -> io::Result<()> {
+    // SAFETY: only `UnshareFlags::FILES` is unsafe, as rustix documents, and it is not given.
+    unsafe { unshare_unsafe(UnshareFlags::NEWUSER)? };
+    Ok(())
+}
+
 /// Moves the calling thread to a new, empty network namespace.
 pub(super) fn unshare_network() -> io::Result<()> {
     // SAFETY: only `UnshareFlags::FILES` is unsafe, as rustix documents, and it is not given.

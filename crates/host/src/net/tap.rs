@@ -34,7 +34,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::alloc::{GATEWAY_MAC, Mac};
-use super::netlink::Netlink;
+use super::netlink::{Answer, Netlink};
 use super::sys;
 use crate::error::HostError;
 use crate::os::Os;
@@ -47,7 +47,7 @@ pub const NAME_PREFIX: &str = "smol";
 pub const NAME_DIGITS: usize = 11;
 
 /// The device through which the kernel makes others.
-const TUN_DEVICE: &str = "/dev/net/tun";
+pub(super) const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// The name of a sandbox's device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -460,23 +460,29 @@ fn bring_up(route: &mut Netlink, index: u32, owner: &Owner) -> io::Result<()> {
     Ok(())
 }
 
-fn link(index: u32) -> LinkMessage {
+pub(super) fn link(index: u32) -> LinkMessage {
     let mut link = LinkMessage::default();
     link.header.index = index;
     link
 }
 
 fn add_address(route: &mut Netlink, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    let message = RouteNetlinkMessage::NewAddress(address(index, gateway));
+    ask(route, [(message, flags)])
+}
+
+/// One address, with no network around it, on a device.
+pub(super) fn address(index: u32, ip: Ipv4Addr) -> AddressMessage {
     let mut address = AddressMessage::default();
     address.header.family = AddressFamily::Inet;
     address.header.prefix_len = 32;
     address.header.index = index;
     address.attributes = vec![
-        AddressAttribute::Local(IpAddr::V4(gateway)),
-        AddressAttribute::Address(IpAddr::V4(gateway)),
+        AddressAttribute::Local(IpAddr::V4(ip)),
+        AddressAttribute::Address(IpAddr::V4(ip)),
     ];
-    let flags = NLM_F_CREATE | NLM_F_EXCL;
-    ask(route, [(RouteNetlinkMessage::NewAddress(address), flags)])
+    address
 }
 
 fn add_route(route: &mut Netlink, index: u32, spec: &TapSpec) -> io::Result<()> {
@@ -517,7 +523,7 @@ fn add_neighbour(route: &mut Netlink, index: u32, spec: &TapSpec) -> io::Result<
 }
 
 /// Sends requests and fails with the first that failed.
-fn ask<const N: usize>(
+pub(super) fn ask<const N: usize>(
     route: &mut Netlink,
     requests: [(RouteNetlinkMessage, u16); N],
 ) -> io::Result<()> {
@@ -560,16 +566,15 @@ pub(super) fn dump(
     let mut bytes = Vec::new();
     let sequence = route.next_sequence();
     serialize(&mut bytes, request, sequence, NLM_F_REQUEST | NLM_F_DUMP);
-    route
-        .dump(&bytes)?
-        .into_iter()
-        .map(|answer| {
-            use netlink_packet_core::NetlinkDeserializable as _;
-            let mut header = NetlinkHeader::default();
-            header.message_type = answer.kind;
-            RouteNetlinkMessage::deserialize(&header, &answer.payload).map_err(io::Error::other)
-        })
-        .collect()
+    route.dump(&bytes)?.iter().map(parse).collect()
+}
+
+/// What an answer of rtnetlink(7) says.
+pub(super) fn parse(answer: &Answer) -> io::Result<RouteNetlinkMessage> {
+    use netlink_packet_core::NetlinkDeserializable as _;
+    let mut header = NetlinkHeader::default();
+    header.message_type = answer.kind;
+    RouteNetlinkMessage::deserialize(&header, &answer.payload).map_err(io::Error::other)
 }
 
 fn serialize(bytes: &mut Vec<u8>, request: RouteNetlinkMessage, sequence: u32, flags: u16) {

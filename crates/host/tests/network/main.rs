@@ -5,3 +5,4 @@ mod lab;
 mod life;
 mod names;
 mod packets;
+mod user;
