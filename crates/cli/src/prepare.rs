@@ -106,7 +106,8 @@ pub(crate) async fn image(
         return Ok(Timed::new());
     }
     if !missing.is_empty() {
-        // Before anything is downloaded that could not be used.
+        // Before anything is downloaded that could not be used, or kept.
+        engine.make_data_dir()?;
         programs(engine)?;
         cx.out
             .status(&format!("preparing {}, once", missing.join(" and ")));

@@ -460,6 +460,15 @@ impl Engine {
             .map(|_| ())
     }
 
+    /// Makes the data directory and the database in it, if they are not there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::PermissionDenied`] where this user may not; [`ErrorKind::NoSpace`].
+    pub fn make_data_dir(&self) -> Result<()> {
+        self.store().map(drop)
+    }
+
     /// Host programs that are not there.
     #[must_use]
     pub fn missing_packages(&self) -> Vec<MissingPackage> {
