@@ -157,6 +157,9 @@ impl Lab {
             "ip link add up0 type veth peer name srv0 netns {}",
             server.tid
         ));
+        // No link-local address: the kernel looks for duplicates of one for a second or two, and
+        // a picture of the host taken meanwhile would not be one taken later.
+        host.sh("ip link set up0 addrgenmode none");
         host.sh(&format!("ip address add {HOST}/24 dev up0"));
         host.sh("ip link set up0 up");
         server.sh("ip address add 203.0.113.254/24 dev srv0");
