@@ -1107,8 +1107,13 @@ impl Engine {
     /// Connects to a sandbox that starts or runs. Its socket appears a moment after its row says
     /// so, and is waited for; `None` if the one who starts it ended first, or the row has moved on.
     pub(crate) async fn attach_when_there(&self, row: &SandboxRow) -> Result<Option<Session>> {
+        // The common case, without a watch: to close one takes the kernel a tick or two, in which it
+        // waits for whoever may still look at its marks (fs/notify/mark.c, `FSNOTIFY_REAPER_DELAY`).
+        if let Ok(session) = self.attach(row) {
+            return Ok(Some(session));
+        }
         let dir = self.layout().sandbox(&row.id);
-        // Watched before it is looked for, so that an appearance in between is not missed.
+        // Watched before it is looked for again, so that an appearance in between is not missed.
         let watch = launch::watch_socket(&dir)
             .map_err(|error| io(format!("could not watch {}", dir.path().display()), error))?;
         let refused = match self.attach(row) {
