@@ -334,7 +334,7 @@ pub(crate) fn report(
 ) {
     let phase = match progress.phase {
         Phase::Update => "fetching the package lists",
-        Phase::Download => "downloading packages",
+        Phase::Download => "downloading",
         Phase::Unpack => "unpacking",
         Phase::Configure => "configuring",
         Phase::Compile => "compiling",

@@ -7,6 +7,7 @@
 //! images/.making-*, .removed-*     images on their way in and out
 //! images/downloads/                layers of images that are being pulled, and locks of pulls
 //! kernels/<key>/                   vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
+//! engines/firecracker-v<version>/  firecracker, jailer, release.json
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
 //! pools/                           <id>.json, <id>.lock, <id>.log
@@ -66,6 +67,12 @@ impl Layout {
     #[must_use]
     pub fn kernels(&self) -> PathBuf {
         self.root.join("kernels")
+    }
+
+    /// Releases of VMMs that are fetched rather than installed.
+    #[must_use]
+    pub fn engines(&self) -> PathBuf {
+        self.root.join("engines")
     }
 
     /// All templates.

@@ -38,6 +38,7 @@ mod error;
 mod exec;
 mod facts;
 mod files;
+mod firecracker;
 mod images;
 mod kernels;
 pub mod launch;
@@ -80,6 +81,9 @@ pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use settings::{NetworkSettings, SETTINGS_NAME, Settings, SshSettings};
 pub use smolvm_host::cancel::Cancel;
+pub use smolvm_host::firecracker::{
+    Installed as FirecrackerInstalled, Release as FirecrackerRelease, Source as FirecrackerSource,
+};
 pub use smolvm_host::image::Limits;
 pub use smolvm_host::oci::{ImageConfig, ProxySettings, Reference, RegistrySettings};
 pub use smolvm_proto::socket::{Endpoint, Internet};

@@ -2,7 +2,7 @@
 //!
 //! Files and locks ([`os`]), processes ([`process`]), disk images ([`disk`]), root file systems
 //! ([`image`]), OCI images ([`oci`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]), the
-//! network ([`net`]) and the programs all this needs ([`packages`]).
+//! network ([`net`]), releases of Firecracker ([`firecracker`]) and the programs all this needs ([`packages`]).
 //!
 //! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
 //! the environment or asks the clock for the date: whatever a function needs is an argument. Every
@@ -17,6 +17,8 @@ pub mod cancel;
 mod command;
 pub mod disk;
 pub mod error;
+pub mod firecracker;
+mod http;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;
@@ -28,6 +30,8 @@ pub mod process;
 pub mod progress;
 mod staging;
 mod sys;
+#[cfg(test)]
+mod test_server;
 
 pub use cancel::Cancel;
 pub use error::{HostError, HostErrorKind};

@@ -197,7 +197,9 @@ fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-fn digest(bytes: &[u8]) -> String {
+/// `sha256:` and the digits of these bytes.
+#[must_use]
+pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex(bytes))
 }
 
@@ -209,6 +211,25 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     std::io::Write::write_all(&mut writer, bytes).expect("memory");
     writer.finish().expect("memory")
+}
+
+/// A compressed tar archive of programs.
+///
+/// # Panics
+///
+/// If a name is none.
+#[must_use]
+pub fn targz(programs: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in programs {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o755);
+        builder
+            .append_data(&mut header, name, *bytes)
+            .expect("memory");
+    }
+    gzip(&builder.into_inner().expect("memory"))
 }
 
 /// Debian's `docker-registry` on a port of its own. Ends with the value.

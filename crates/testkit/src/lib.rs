@@ -29,7 +29,7 @@ mod watch;
 pub use assets::Assets;
 pub use binaries::Binaries;
 pub use home::{Home, HomeBuilder, Sandbox};
-pub use images::{Entry, Registry, TestImage};
+pub use images::{Entry, Registry, TestImage, digest, targz};
 pub use invocation::{Finished, Invocation, Running};
 pub use lab::{
     HELLO_PORT, HOST, Lab, METADATA, Namespace, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use smolvm_engine::{DEFAULT_IMAGE, Engine, KernelChoice, MissingPackage};
+use smolvm_engine::{
+    DEFAULT_IMAGE, Engine, FirecrackerInstalled, FirecrackerRelease, FirecrackerSource,
+    KernelChoice, MissingPackage,
+};
 
 use super::{Context, Outcome, block_on};
 use crate::prepare::{self, Timed};
@@ -13,7 +16,12 @@ use crate::units;
 
 /// Arguments of `setup`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  sudo smolvm setup --yes")]
+#[command(after_help = "\
+Examples:
+  sudo smolvm setup --yes
+  smolvm setup --firecracker                  # from the project's releases
+  smolvm setup --firecracker=1.12.0 --from https://mirror.example/firecracker
+  smolvm setup --firecracker --from ~/Downloads/firecracker-v1.17.0-x86_64.tgz")]
 pub(crate) struct Args {
     /// Only say what is missing; exit 1 if anything is
     #[arg(long)]
@@ -24,14 +32,58 @@ pub(crate) struct Args {
     /// Do not ask before installing packages
     #[arg(short, long)]
     yes: bool,
+    /// Also put a release of Firecracker into the data directory; the newest that is known if no
+    /// version is given
+    #[arg(
+        long,
+        value_name = "VERSION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = ""
+    )]
+    firecracker: Option<String>,
+    /// Where to take it from: an archive, or the URL of one or of a copy of all releases
+    #[arg(long, value_name = "URL|FILE", requires = "firecracker")]
+    from: Option<String>,
+    /// Checksum of the archive of a release that is not known
+    #[arg(long, value_name = "HEX", requires = "firecracker")]
+    sha256: Option<String>,
+}
+
+/// A release of Firecracker that is wanted, and where it comes from.
+#[derive(Debug, Clone)]
+struct Wanted {
+    release: FirecrackerRelease,
+    source: FirecrackerSource,
+}
+
+impl Args {
+    fn wanted(&self) -> Result<Option<Wanted>, CliError> {
+        let Some(version) = self.firecracker.as_deref() else {
+            return Ok(None);
+        };
+        let version = Some(version).filter(|version| !version.is_empty());
+        let release = Engine::firecracker_release(version, self.sha256.as_deref())?;
+        let source = self.from.as_deref();
+        Ok(Some(Wanted {
+            release,
+            source: source.map_or(FirecrackerSource::Upstream, FirecrackerSource::from_text),
+        }))
+    }
 }
 
 /// Prepares the host.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let began = Instant::now();
+    let wanted = args.wanted()?;
     let engine = cx.engine(None)?;
     let packages = engine.missing_packages();
-    let assets = engine.missing_assets(&args.image, &KernelChoice::Stock, true)?;
+    let mut assets = engine.missing_assets(&args.image, &KernelChoice::Stock, true)?;
+    if let Some(Wanted { release, .. }) = &wanted
+        && !has(&engine, release)
+    {
+        assets.push(format!("Firecracker {}", release.version()));
+    }
     for missing in &packages {
         cx.out.line(&format!(
             "missing: {} (package {}), {}",
@@ -51,6 +103,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let phases = block_on(async {
         let mut signals = Signals::install()?;
         let mut phases = install(cx, &engine, &mut signals, installed.clone()).await?;
+        if let Some(wanted) = wanted.clone() {
+            phases.extend(fetch(cx, &engine, &mut signals, wanted).await?);
+        }
         phases.extend(
             prepare::image(
                 cx,
@@ -73,8 +128,19 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     } else {
         format!("ready after {}", units::show_duration(began.elapsed()))
     })?;
+    let firecracker = wanted.and_then(|wanted| release(&engine, &wanted.release));
+    if let Some(there) = &firecracker {
+        let path = there.firecracker.display();
+        cx.out
+            .line(&format!("Firecracker {}: {path}", there.version))?;
+    }
     Ok(json!({
         "ready": true,
+        "firecracker": firecracker.map(|there| json!({
+            "version": there.version,
+            "firecracker": there.firecracker,
+            "jailer": there.jailer,
+        })),
         "image": args.image,
         "installed_packages": installed,
         "prepared": assets,
@@ -82,6 +148,38 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         "duration_ms": units::millis(began.elapsed()),
     })
     .into())
+}
+
+/// The release, if it is in the data directory.
+fn release(engine: &Engine, wanted: &FirecrackerRelease) -> Option<FirecrackerInstalled> {
+    let mut there = engine.firecracker_releases().into_iter();
+    there.find(|one| one.version == wanted.version())
+}
+
+fn has(engine: &Engine, wanted: &FirecrackerRelease) -> bool {
+    release(engine, wanted).is_some()
+}
+
+async fn fetch(
+    cx: &Context,
+    engine: &Engine,
+    signals: &mut Signals,
+    wanted: Wanted,
+) -> Result<Timed, CliError> {
+    if has(engine, &wanted.release) {
+        return Ok(Timed::new());
+    }
+    cx.out.status(&format!(
+        "fetching Firecracker {}",
+        wanted.release.version()
+    ));
+    let engine = engine.clone();
+    prepare::long(cx, signals, move |meter, cancel| {
+        engine
+            .install_firecracker(&wanted.release, &wanted.source, meter, cancel)
+            .map(drop)
+    })
+    .await
 }
 
 /// The distinct packages, in order.

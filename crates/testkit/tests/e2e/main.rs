@@ -14,6 +14,7 @@ mod oci;
 mod pools;
 mod ports;
 mod run;
+mod setup;
 mod signals;
 mod small;
 mod ssh;

@@ -5,7 +5,6 @@
 //! whoever made it.
 
 mod auth;
-mod http;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,8 +20,6 @@ use ureq::Body;
 use ureq::http::{Response, StatusCode};
 
 use self::auth::{Challenge, Credentials, Token};
-pub use self::http::ProxySettings;
-use self::http::{Http, header, read_some};
 use super::digest::{Digest, Hashing};
 use super::reference::{DEFAULT_REGISTRY, Reference};
 use super::spec::{
@@ -32,6 +29,8 @@ use super::spec::{
 use super::unpack::Layer;
 use crate::cancel::Cancel;
 use crate::error::{HostError, HostErrorKind};
+pub use crate::http::ProxySettings;
+use crate::http::{Http, header, read_some};
 use crate::os::Os;
 use crate::packages::Programs;
 
@@ -296,7 +295,7 @@ impl Remote {
             return Err(error);
         }
         tracing::info!(%error, "trying again");
-        self.http.pause(PAUSE * 2_u32.pow(*failed - 1))
+        self.http.pause(PAUSE * 2_u32.pow(*failed - 1), &self.what)
     }
 
     /// One request, with a new token if the registry wants one. Answers with success only.

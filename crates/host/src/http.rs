@@ -1,4 +1,4 @@
-//! HTTP to registries: one agent, whose every wait ends when the operation is cancelled.
+//! HTTP to whatever is downloaded from: one agent, whose every wait ends when the operation is cancelled.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -41,8 +41,8 @@ pub struct ProxySettings {
 
 /// An agent. Dropping it ends its connections.
 #[derive(Debug)]
-pub(super) struct Http {
-    pub(super) agent: Agent,
+pub(crate) struct Http {
+    pub(crate) agent: Agent,
     /// Ends the thread that waits for the cancellation.
     over: OwnedFd,
     watcher: Option<JoinHandle<()>>,
@@ -50,7 +50,7 @@ pub(super) struct Http {
 }
 
 impl Http {
-    pub(super) fn new(
+    pub(crate) fn new(
         programs: &Programs,
         proxy: &ProxySettings,
         cancel: &Cancel,
@@ -96,14 +96,14 @@ impl Http {
     }
 
     /// Waits, unless it is cancelled.
-    pub(super) fn pause(&self, time: Duration) -> Result<(), HostError> {
+    pub(crate) fn pause(&self, time: Duration, what: &str) -> Result<(), HostError> {
         let time = Timespec::try_from(time).ok();
         let mut fds = [PollFd::from_borrowed_fd(self.cancel.event(), PollFlags::IN)];
         let _ = rustix::io::retry_on_intr(|| poll(&mut fds, time.as_ref()));
-        self.cancel.check("download", "the image")
+        self.cancel.check("download", what)
     }
 
-    pub(super) fn cancel(&self) -> &Cancel {
+    pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 }
@@ -248,12 +248,12 @@ fn addresses(text: &str) -> Vec<IpAddr> {
 }
 
 /// A header as text.
-pub(super) fn header<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
+pub(crate) fn header<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
     response.headers().get(name)?.to_str().ok()
 }
 
 /// The first bytes of an answer.
-pub(super) fn read_some(response: Response<Body>, most: u64) -> Result<Vec<u8>, ureq::Error> {
+pub(crate) fn read_some(response: Response<Body>, most: u64) -> Result<Vec<u8>, ureq::Error> {
     response
         .into_body()
         .into_with_config()
