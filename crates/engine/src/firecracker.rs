@@ -16,7 +16,7 @@ impl Engine {
     }
 
     /// A release of Firecracker by its version, and by the checksum of its archive if it is not a known
-    /// one; the newest that is known without a version.
+    /// one; the recommended one without a version.
     ///
     /// # Errors
     ///
@@ -24,7 +24,7 @@ impl Engine {
     /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput).
     pub fn firecracker_release(version: Option<&str>, sha256: Option<&str>) -> Result<Release> {
         match (version, sha256) {
-            (None, None) => Ok(Release::newest()),
+            (None, None) => Ok(Release::recommended()),
             (Some(version), sha256) => Release::of(version, sha256).map_err(input),
             (None, Some(_)) => Err(Error::new(
                 ErrorKind::InvalidInput,

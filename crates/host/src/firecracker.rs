@@ -26,17 +26,20 @@ use crate::staging::Staging;
 
 /// Where releases are published.
 const UPSTREAM: &str = "https://github.com/firecracker-microvm/firecracker/releases/download";
-/// The known releases, newest first, with the checksums of their archives for `x86_64` and `aarch64`.
-const KNOWN: &[(&str, &str, &str)] = &[
+/// The known releases for `x86_64`, the recommended one first, each with its archive's checksum. Guests
+/// of other processors are not made yet.
+const KNOWN: &[(&str, &str)] = &[
+    (
+        "1.16.1",
+        "382a02a869e4d6d5cb14c40577f9545e8458021ea8b0b2d3fc10ec14d9c242e6",
+    ),
     (
         "1.17.0",
         "06094a1108ae9e82aa4c23a775aa92758f53f1175d422270d9d6162cb9ade558",
-        "e351ebe4f7a16b5873bbd51005d2e6767103cff4d5ebc829df2d3f95a93e2256",
     ),
     (
         "1.12.0",
         "392b5f7e4bf12871d1e8377a60ed3b384a46bc2f7d3771caf202aa7a63e32676",
-        "55f3e76c6a16128e91aea1d2ed3d436f5d4e2e9547bfdd226ce570a89cd48921",
     ),
 ];
 /// The programs of a release that are kept.
@@ -57,11 +60,11 @@ pub struct Release {
 }
 
 impl Release {
-    /// The newest release that is known.
+    /// The known release to take if none is asked for.
     #[must_use]
-    pub fn newest() -> Self {
-        let newest = Self::known().next();
-        newest.expect("there is one")
+    pub fn recommended() -> Self {
+        let first = Self::known().next();
+        first.expect("there is one")
     }
 
     /// A release by its version, `1.17.0` or `v1.17.0`; with a checksum, in hexadecimal digits, for one
@@ -93,22 +96,16 @@ impl Release {
                     .because("the checksum of that release is not known")
                     .hinting(format!(
                         "Known are {}; for any other give the checksum of its archive with --sha256.",
-                        known.join(" and ")
+                        known.join(", ")
                     ))
             })
     }
 
-    /// All that are known, newest first.
+    /// All that are known, the recommended one first.
     fn known() -> impl Iterator<Item = Self> {
-        KNOWN.iter().map(|(version, x86_64, aarch64)| {
-            let digits = match std::env::consts::ARCH {
-                "aarch64" => aarch64,
-                _ => x86_64,
-            };
-            Self {
-                version: (*version).to_owned(),
-                sha256: format!("sha256:{digits}").parse().expect("a checksum"),
-            }
+        KNOWN.iter().map(|(version, digits)| Self {
+            version: (*version).to_owned(),
+            sha256: format!("sha256:{digits}").parse().expect("a checksum"),
         })
     }
 

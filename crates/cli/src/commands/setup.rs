@@ -21,7 +21,7 @@ Examples:
   sudo smolvm setup --yes
   smolvm setup --firecracker                  # from the project's releases
   smolvm setup --firecracker=1.12.0 --from https://mirror.example/firecracker
-  smolvm setup --firecracker --from ~/Downloads/firecracker-v1.17.0-x86_64.tgz")]
+  smolvm setup --firecracker --from ~/Downloads/firecracker-v1.16.1-x86_64.tgz")]
 pub(crate) struct Args {
     /// Only say what is missing; exit 1 if anything is
     #[arg(long)]
@@ -32,7 +32,7 @@ pub(crate) struct Args {
     /// Do not ask before installing packages
     #[arg(short, long)]
     yes: bool,
-    /// Also put a release of Firecracker into the data directory; the newest that is known if no
+    /// Also put a release of Firecracker into the data directory; the recommended one if no
     /// version is given
     #[arg(
         long,
