@@ -3,7 +3,9 @@
 mod bench;
 mod check;
 mod cleanroom;
+mod debian;
 mod fuzz;
+mod kvm_lab;
 mod run;
 mod tidy;
 
@@ -27,6 +29,8 @@ enum Chore {
     Tidy,
     /// The two commands of the README on a fresh Debian without a compiler
     Cleanroom(cleanroom::Args),
+    /// Run programs, or the tests of KVM, on a real `/dev/kvm` in an emulated machine
+    KvmLab(kvm_lab::Args),
     /// Measure this host and write benchmarks/NAME.json
     Bench(bench::Args),
     /// Throw bytes at the protocol's decoder
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         Chore::Check(args) => check::run(&args),
         Chore::Tidy => tidy::run(),
         Chore::Cleanroom(args) => cleanroom::run(&args),
+        Chore::KvmLab(args) => kvm_lab::run(&args),
         Chore::Bench(args) => bench::run(&args),
         Chore::Fuzz(args) => fuzz::run(&args),
         Chore::TestRunner { command } => check::test_runner(&command),

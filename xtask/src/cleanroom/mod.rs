@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use crate::run;
+use crate::{debian, run};
 
 /// Arguments of `cleanroom`.
 #[derive(Debug, clap::Args)]
@@ -56,14 +56,6 @@ enum Which {
 const USER: &str = "tester";
 /// Where the repository is in the room. With a space, which users' paths have.
 const CHECKOUT: &str = "/home/tester/smol vm";
-/// apt's settings of a network, as opposed to habits of a machine.
-const APT_SETTINGS: [&str; 5] = [
-    "Acquire::http",
-    "Acquire::https",
-    "Acquire::Retries",
-    "Acquire::Check-Valid-Until",
-    "Acquire::Check-Date",
-];
 /// Variables that a network asks of its machines.
 const NETWORK_VARIABLES: [&str; 6] = [
     "http_proxy",
@@ -229,30 +221,18 @@ impl Room {
     /// The Debian: its required packages, apt and certificates.
     fn bootstrap(&self) -> Result<()> {
         run::say("==> a minimal Debian 12");
-        let mut command = Command::new("mmdebstrap");
-        command.args([
-            "--quiet",
-            "--mode=root",
-            "--variant=minbase",
-            "--include=ca-certificates",
-        ]);
-        let settings = run::output(Command::new("apt-config").arg("dump"))?;
-        for line in settings.lines() {
-            if APT_SETTINGS.iter().any(|name| line.starts_with(name)) && !line.ends_with("\"\";") {
-                command.arg(format!("--aptopt={line}"));
-            }
-        }
-        command.arg("bookworm").arg(&self.root);
-        let sources = [
-            "/etc/apt/sources.list.d/debian.sources",
-            "/etc/apt/sources.list",
-        ];
-        let debian_12 =
-            |path: &&str| fs::read_to_string(path).is_ok_and(|t| t.contains("bookworm"));
-        if let Some(path) = sources.into_iter().find(debian_12) {
-            command.arg(path);
-        }
-        run::succeed(command.env("DEBIAN_FRONTEND", "noninteractive"))
+        let mut command = debian::mmdebstrap()?;
+        command
+            .args([
+                "--quiet",
+                "--mode=root",
+                "--variant=minbase",
+                "--include=ca-certificates",
+                debian::RELEASE,
+            ])
+            .arg(&self.root)
+            .args(debian::sources());
+        run::succeed(&mut command)
     }
 
     /// What the host's network needs: resolver, and authorities of its own.

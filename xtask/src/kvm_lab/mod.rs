@@ -1,0 +1,284 @@
+//! `cargo xtask kvm-lab`: a machine with a real `/dev/kvm`, on a host that has none.
+//!
+//! QEMU emulates a processor with SVM, on which a stock Debian kernel loads `kvm-amd`; programs in it
+//! use KVM as on any host. The machine is made of Debian packages alone. What is under test is brought
+//! along on a disk and need not be installed; what the tests leave comes back on another.
+
+mod cpio;
+mod machine;
+mod root;
+
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use self::machine::Files;
+use self::root::Root;
+use crate::run;
+
+/// Arguments of `kvm-lab`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask kvm-lab
+  cargo xtask kvm-lab -- restored
+  cargo xtask kvm-lab --run target/x86_64-unknown-linux-gnu/debug/smolvm -- doctor
+  cargo xtask kvm-lab --shell
+
+`firecracker` and `jailer` are taken in from the PATH if they are there.")]
+pub(crate) struct Args {
+    /// Leave the disks of the run in target/kvm-lab/run
+    #[arg(long)]
+    keep: bool,
+    /// Have a shell in the lab instead
+    #[arg(long)]
+    shell: bool,
+    /// Run this static program in the lab instead, with what comes after `--` as its arguments
+    #[arg(long, value_name = "FILE", conflicts_with = "shell")]
+    run: Option<PathBuf>,
+    /// Most seconds the lab may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    timeout: u64,
+    /// Only tests with one of these in their names; or the arguments of --run
+    #[arg(last = true, value_name = "FILTER")]
+    words: Vec<String>,
+}
+
+/// Programs of the host that the lab cannot do without.
+const PROGRAMS: [&str; 7] = [
+    "qemu-system-x86_64",
+    "setpriv",
+    "mmdebstrap",
+    "apt-config",
+    "mke2fs",
+    "debugfs",
+    "tar",
+];
+/// Programs under test that are built elsewhere, and not everywhere.
+const OTHERS: [&str; 2] = ["firecracker", "jailer"];
+/// Size of the scratch disk in the lab. It has holes.
+const SCRATCH_BYTES: u64 = 8 << 30;
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let lab = Lab::open()?;
+    let cargo = lab.cargo()?;
+    let (program, words): (PathBuf, &[String]) = match &args.run {
+        Some(program) => (program.clone(), &args.words),
+        None => (PathBuf::new(), &args.words),
+    };
+    if args.shell {
+        cargo.write("lab/shell", "")?;
+    } else if args.run.is_some() {
+        let name = program.file_name().context("a program has a name")?;
+        let name = name.to_str().context("a name that is not text")?;
+        cargo.link(&format!("run/{name}"), &program)?;
+        let mut line = format!("exec {}", quoted(&format!("/cargo/run/{name}")));
+        for word in words {
+            line = format!("{line} {}", quoted(word));
+        }
+        cargo.script("lab/job.sh", &format!("modprobe kvm-amd\n{line}\n"))?;
+    } else {
+        bail!("the lab has no tests yet; see --run and --shell");
+    }
+    let files = cargo.pack(&lab.tar_to_erofs)?;
+    let outcome = if args.shell {
+        machine::shell(&lab.root, &files).map(|()| 0)
+    } else {
+        let patience = Duration::from_secs(args.timeout);
+        machine::run(&lab.root, &files, patience, run::say)
+    };
+    let kept = lab.fetch(&files);
+    if !args.keep {
+        fs::remove_dir_all(&lab.run).context("removing the lab's disks")?;
+    }
+    let code = outcome?;
+    kept?;
+    run::say(&format!("kvm-lab: results are in {}", lab.out.display()));
+    if code != 0 {
+        bail!("the job in the lab ended with exit code {code}");
+    }
+    Ok(())
+}
+
+/// Where the lab is, and what does not change from run to run.
+struct Lab {
+    root: Root,
+    tar_to_erofs: PathBuf,
+    /// Disks of this run.
+    run: PathBuf,
+    /// What came out of this run.
+    out: PathBuf,
+    /// One lab at a time: two would only be slower.
+    _lock: File,
+}
+
+impl Lab {
+    fn open() -> Result<Self> {
+        for name in PROGRAMS {
+            if on_path(name).is_none() {
+                bail!(
+                    "the lab needs the program `{name}`; `scripts/host-packages --tests` installs it"
+                );
+            }
+        }
+        let place = run::target_dir().join("kvm-lab");
+        fs::create_dir_all(&place).context("making the lab's directory")?;
+        let lock = File::create(place.join("lock")).context("making a lock")?;
+        if lock.try_lock().is_err() {
+            run::say("kvm-lab: waiting for another lab to end");
+            lock.lock().context("waiting for another lab")?;
+        }
+        // Left by --keep, or by one that was killed.
+        let [run, out] = ["run", "out"].map(|name| place.join(name));
+        for dir in [&run, &out] {
+            if dir.exists() {
+                fs::remove_dir_all(dir).with_context(|| format!("removing {}", dir.display()))?;
+            }
+            fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
+        }
+        // As the whole workspace: with other features of libraries everything would be built anew.
+        run::succeed(run::cargo().args([
+            "build",
+            "--workspace",
+            "--locked",
+            "--example",
+            "tar-to-erofs",
+        ]))?;
+        let tar_to_erofs = run::program("debug", "examples/tar-to-erofs");
+        Ok(Self {
+            root: Root::get(&place, &tar_to_erofs)?,
+            tar_to_erofs,
+            run,
+            out,
+            _lock: lock,
+        })
+    }
+
+    /// Begins to pack what is brought along, with what every job needs.
+    fn cargo(&self) -> Result<Cargo> {
+        let cargo = Cargo::new(&self.run)?;
+        cargo.script("lab/init.sh", include_str!("guest/init.sh"))?;
+        for name in OTHERS {
+            if let Some(program) = on_path(name) {
+                cargo.link(&format!("bin/{name}"), &program)?;
+            }
+        }
+        Ok(cargo)
+    }
+
+    /// Brings results out, as far as there are any.
+    fn fetch(&self, files: &Files) -> Result<()> {
+        fs::copy(&files.console, self.out.join("console.txt")).context("keeping the console")?;
+        machine::fetch_results(&files.scratch, &self.out)
+    }
+}
+
+/// What is brought along: a directory of links, which becomes a disk.
+struct Cargo {
+    dir: PathBuf,
+    run: PathBuf,
+}
+
+impl Cargo {
+    fn new(run: &Path) -> Result<Self> {
+        let dir = run.join("cargo");
+        fs::create_dir(&dir).context("making a place for what the lab needs")?;
+        Ok(Self {
+            dir,
+            run: run.to_owned(),
+        })
+    }
+
+    fn place(&self, path: &str) -> Result<PathBuf> {
+        let place = self.dir.join(path);
+        if let Some(dir) = place.parent() {
+            fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        }
+        Ok(place)
+    }
+
+    /// Takes a file or directory along.
+    fn link(&self, path: &str, from: &Path) -> Result<()> {
+        let from = from
+            .canonicalize()
+            .with_context(|| format!("finding {}", from.display()))?;
+        symlink(&from, self.place(path)?)
+            .with_context(|| format!("taking {} along", from.display()))
+    }
+
+    fn write(&self, path: &str, text: &str) -> Result<()> {
+        fs::write(self.place(path)?, text).with_context(|| format!("writing {path}"))
+    }
+
+    /// Writes a bash script.
+    fn script(&self, path: &str, text: &str) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let text = if text.starts_with("#!") {
+            text.to_owned()
+        } else {
+            format!("#!/bin/bash\n{text}")
+        };
+        self.write(path, &text)?;
+        fs::set_permissions(self.place(path)?, fs::Permissions::from_mode(0o755))?;
+        Ok(())
+    }
+
+    /// Makes the disks of a run.
+    fn pack(self, tar_to_erofs: &Path) -> Result<Files> {
+        let file = |name: &str| self.run.join(name);
+        let files = Files {
+            cargo: file("cargo.erofs"),
+            scratch: file("scratch.ext4"),
+            console: file("console.txt"),
+            verdict: file("verdict"),
+        };
+        let mut tar = Command::new("tar")
+            .args(["-c", "--dereference", "--owner=0", "--group=0", "-C"])
+            .arg(&self.dir)
+            .arg(".")
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting tar")?;
+        let stream = tar.stdout.take().context("tar has no standard output")?;
+        let written = run::succeed(Command::new(tar_to_erofs).arg(&files.cargo).stdin(stream));
+        let packed = tar.wait().context("waiting for tar")?;
+        written?;
+        if !packed.success() {
+            bail!("packing what the lab needs: tar ended with {packed}");
+        }
+        machine::make_scratch(&files.scratch, SCRATCH_BYTES)?;
+        Ok(files)
+    }
+}
+
+/// A program's place, as a shell finds it.
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path).map(|dir| dir.join(name));
+    found.into_iter().find(|program| program.is_file())
+}
+
+/// A word as a shell reads it unchanged.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_quoted_words_unchanged() {
+        for word in ["", "a b", "it's", "$HOME `id` \"x\"", "\\"] {
+            let output = Command::new("sh")
+                .args(["-c", &format!("printf %s {}", quoted(word))])
+                .output()
+                .expect("a shell");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), word);
+        }
+    }
+}
