@@ -5,7 +5,8 @@
 //! the guest exchanges a directory for a link at the wrong moment. A symbolic link on the way is
 //! followed as long as it stays inside.
 //!
-//! A file that exists is replaced, not written into, so links to it elsewhere keep their content.
+//! A file appears whole under its name, or not at all: it is written beside its place and renamed.
+//! One that exists is so replaced, not written into, and links to it elsewhere keep their content.
 //! A directory that exists stays and gets the mode and time of its entry. An entry for the
 //! directory itself (`./`) changes nothing. A stream that ends without the tar trailer is accepted,
 //! as tar(1) does, if it ends between two entries.
@@ -62,7 +63,10 @@ pub(crate) fn extract(stream: &Stream, request: &ExtractRequest) -> Result<Last,
         parent: None,
         directories: Vec::new(),
     };
-    let unpacked = unpack_all(&mut input, &mut target);
+    let unpacked = match &request.file {
+        Some(name) => target.receive(&mut input, name),
+        None => unpack_all(&mut input, &mut target),
+    };
     if input.gone {
         return Err(Stop::Gone);
     }
@@ -151,6 +155,36 @@ fn with_causes(error: &io::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// A name beside that of a file which is not whole yet. What bears it goes with this.
+struct Part<'a> {
+    at: BorrowedFd<'a>,
+    name: PathBuf,
+}
+
+impl<'a> Part<'a> {
+    fn new(at: BorrowedFd<'a>) -> rustix::io::Result<Self> {
+        let mut seed = [0; 8];
+        rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
+        let name = format!(".smolvm-part-{:016x}", u64::from_ne_bytes(seed));
+        Ok(Self {
+            at,
+            name: name.into(),
+        })
+    }
+
+    /// Gives it its own name, in place of what may bear that. A directory stays, and this fails.
+    fn put(self, name: &Path) -> rustix::io::Result<()> {
+        rustix::fs::renameat(self.at, &self.name, self.at, name)
+    }
+}
+
+impl Drop for Part<'_> {
+    fn drop(&mut self) {
+        // Not there any more if it was put in its place.
+        let _ = rustix::fs::unlinkat(self.at, &self.name, AtFlags::empty());
+    }
 }
 
 /// A directory whose mode and time are set when everything is in it.
@@ -295,11 +329,12 @@ impl Target<'_> {
                 self.unpack_node(entry, at.as_fd(), name, &path)?;
             }
             _ => {
+                let part = Part::new(at.as_fd()).map_err(refused)?;
                 // Through the descriptor's entry in /proc, the path is this directory and one name,
                 // which the crate creates exclusively: no link can lead it elsewhere.
                 let through = format!("/proc/self/fd/{}", at.as_raw_fd());
                 entry
-                    .unpack(Path::new(&through).join(name))
+                    .unpack(Path::new(&through).join(&part.name))
                     .map_err(|error| {
                         let shown = self.shown.join(&path);
                         let mut failure = from_io("", &error);
@@ -307,19 +342,48 @@ impl Target<'_> {
                             format!("unpacking {}: {}", shown.display(), cause(&error));
                         failure
                     })?;
-                self.chown(at.as_fd(), name, &path)?;
+                self.chown(at.as_fd(), &part.name, &path)?;
                 // A change of owner takes the set-user-id bit away (chown(2)).
                 if self.owner.is_some() && kind != EntryType::Symlink {
                     let mode = entry.header().mode().unwrap_or(0) & 0o7777;
                     if mode & 0o7000 != 0 {
-                        rustix::fs::chmodat(&at, name, Mode::from_raw_mode(mode), AtFlags::empty())
+                        let mode = Mode::from_raw_mode(mode);
+                        rustix::fs::chmodat(&at, &part.name, mode, AtFlags::empty())
                             .map_err(refused)?;
                     }
                 }
+                part.put(name).map_err(refused)?;
             }
         }
         self.parent = Some((above.to_path_buf(), at));
         Ok(())
+    }
+
+    /// Writes the stream as it stands to the file `name` in the directory.
+    fn receive(&self, input: &mut Input<'_>, name: &[u8]) -> Result<(), Failure> {
+        let path = self.inside(name)?;
+        if path.components().count() != 1 {
+            return Err(failure(
+                FailureKind::InvalidInput,
+                format!(
+                    "writing into {}: {:?} is no file's name",
+                    self.shown.display(),
+                    String::from_utf8_lossy(name)
+                ),
+            ));
+        }
+        let shown = self.shown.join(&path);
+        let refused = |errno| from_errno(&format!("writing {}", shown.display()), errno);
+        let part = Part::new(self.directory.as_fd()).map_err(refused)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o644);
+        let file = rustix::fs::openat(&self.directory, &part.name, flags, mode).map_err(refused)?;
+        let mut file = std::fs::File::from(file);
+        io::copy(input, &mut file)
+            .map_err(|error| from_io(&format!("writing {}", shown.display()), &error))?;
+        rustix::fs::fchmod(&file, mode).map_err(refused)?;
+        self.chown(self.directory.as_fd(), &part.name, &path)?;
+        part.put(&path).map_err(refused)
     }
 
     /// The sparse formats of newer GNU tars, in extended headers, are not read by the `tar` crate,

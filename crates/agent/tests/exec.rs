@@ -584,6 +584,7 @@ fn streams_are_bounded() {
         directory: support::bytes_of(directory.path()).into(),
         make_parents: false,
         owner: None,
+        file: None,
     });
     let streams: Vec<u32> = (0..STREAMS_MAX).map(|_| guest.open(&wait)).collect();
     let outcome = guest.shell("true");

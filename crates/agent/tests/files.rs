@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use rustix::fs::inotify;
 use smolvm_proto::Request;
 use smolvm_proto::limits::ENTRIES_MAX;
 use smolvm_proto::message::{
@@ -477,6 +478,7 @@ fn an_owner_is_given_to_everything_and_parents_are_made() {
             directory: bytes_of(&target).into(),
             make_parents,
             owner: Some(owner.clone()),
+            file: None,
         })
     };
     assert_eq!(guest.ask(&request(false)).kind(), FailureKind::NotFound);
@@ -487,6 +489,69 @@ fn an_owner_is_given_to_everything_and_parents_are_made() {
         let status = fs::symlink_metadata(target.join(name)).expect("there");
         assert_eq!(status.uid(), uid, "{name}");
     }
+}
+
+#[test]
+fn a_stream_as_it_stands_becomes_one_file() {
+    let mut guest = Guest::start();
+    let directory = tempfile::tempdir().expect("directory");
+    let request = |name: &str| {
+        Request::Extract(ExtractRequest {
+            directory: bytes_of(directory.path()).into(),
+            make_parents: false,
+            owner: None,
+            file: Some(name.as_bytes().to_vec().into()),
+        })
+    };
+    let place = directory.path().join("named");
+    let (large, empty) = (vec![7; 300_000], Vec::new());
+    for content in [&large, &empty] {
+        let stream = guest.open(&request("named"));
+        guest.upload(stream, content);
+        guest.finish(stream).done();
+        assert!(fs::read(&place).expect("there") == *content);
+        let mode = fs::metadata(&place).expect("there").mode();
+        assert_eq!(mode & 0o7777, 0o644);
+    }
+    for name in ["", ".", "..", "a/b", "../named"] {
+        let outcome = guest.ask(&request(name));
+        assert_eq!(outcome.kind(), FailureKind::InvalidInput, "{name:?}");
+    }
+    fs::create_dir(directory.path().join("taken")).expect("directory");
+    let stream = guest.open(&request("taken"));
+    guest.upload(stream, &large);
+    assert_eq!(guest.finish(stream).kind(), FailureKind::IsADirectory);
+    let left: Vec<_> = fs::read_dir(directory.path()).expect("listed").collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn a_copy_that_breaks_off_leaves_the_old_file_and_nothing_else() {
+    let mut guest = Guest::start();
+    let directory = tempfile::tempdir().expect("directory");
+    let place = directory.path().join("named");
+    fs::write(&place, "old").expect("written");
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC).expect("a watch");
+    let changes = inotify::WatchFlags::CREATE | inotify::WatchFlags::DELETE;
+    inotify::add_watch(&watch, directory.path(), changes).expect("a watch");
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut changed = inotify::Reader::new(&watch, &mut buffer);
+    for name in [None, Some(b"named".to_vec().into())] {
+        let stream = guest.open(&Request::Extract(ExtractRequest {
+            directory: bytes_of(directory.path()).into(),
+            make_parents: false,
+            owner: None,
+            file: name,
+        }));
+        guest.data(stream, &file("named", &vec![1; 200_000])[..10_000]);
+        let made = changed.next().expect("something happens").events();
+        assert_eq!(made, inotify::ReadFlags::CREATE);
+        guest.reset(stream);
+        let gone = changed.next().expect("something happens").events();
+        assert_eq!(gone, inotify::ReadFlags::DELETE);
+        assert_eq!(fs::read_to_string(&place).expect("there"), "old");
+    }
+    assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
 }
 
 fn entries(guest: &mut Guest, path: &Path, itself: bool) -> Vec<Vec<Entry>> {

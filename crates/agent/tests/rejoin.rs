@@ -134,6 +134,7 @@ fn a_transfer_ends_with_its_host() {
         directory: bytes_of(directory.path()).into(),
         make_parents: false,
         owner: None,
+        file: None,
     }));
     guest.data(stream, &[0; 100]);
     guest.rejoin(true);

@@ -388,4 +388,6 @@ pub(crate) struct Bench {
 pub(crate) enum BenchCommand {
     /// Measure the whole life of a sandbox
     Lifecycle(bench::Args),
+    /// Measure how fast files go in and out
+    Files(bench::files::Args),
 }

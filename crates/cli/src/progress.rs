@@ -26,9 +26,18 @@ pub(crate) struct Meter {
 #[derive(Debug)]
 enum Face {
     Silent,
-    Plain { percent: u32 },
-    Bar(ProgressBar),
+    Plain {
+        percent: u32,
+    },
+    Bar {
+        bar: ProgressBar,
+        /// Whether it shows that nobody knows how much there is to come.
+        open: Option<bool>,
+    },
 }
+
+/// How a bar looks, and how it looks where nobody knows how much there is to come.
+const STYLES: [&str; 2] = ["{msg} {wide_bar:.dim} {percent:>3}%", "{spinner} {msg}"];
 
 impl Meter {
     /// A meter that shows as much as this output wants.
@@ -40,10 +49,7 @@ impl Meter {
                 Some(BAR_LENGTH.into()),
                 ProgressDrawTarget::stderr_with_hz(10),
             );
-            if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar:.dim} {percent:>3}%") {
-                bar.set_style(style);
-            }
-            Face::Bar(bar)
+            Face::Bar { bar, open: None }
         } else {
             Face::Plain { percent: 0 }
         };
@@ -68,14 +74,15 @@ impl Meter {
         let fraction = total
             .filter(|total| *total > 0)
             .map(|total| done as f64 / total as f64);
-        let detail = match total {
-            Some(total) => format!(
-                "{} of {}",
-                units::show_bytes(done),
-                units::show_bytes(total)
-            ),
-            None => units::show_bytes(done),
-        };
+        let mut detail = units::show_bytes(done);
+        if let Some(total) = total {
+            detail = format!("{detail} of {}", units::show_bytes(total));
+        }
+        if phase == self.phase && self.phase_began.elapsed().as_millis() >= 500 {
+            let millis = self.phase_began.elapsed().as_millis();
+            let rate = u64::try_from(u128::from(done) * 1000 / millis).unwrap_or(u64::MAX);
+            detail = format!("{detail}, {}/s", units::show_bytes(rate));
+        }
         self.show(phase, fraction, &detail);
     }
 
@@ -112,7 +119,13 @@ impl Meter {
                     }
                 }
             }
-            Face::Bar(bar) => {
+            Face::Bar { bar, open } => {
+                let unknown = position.is_none();
+                if open.replace(unknown) != Some(unknown)
+                    && let Ok(style) = ProgressStyle::with_template(STYLES[usize::from(unknown)])
+                {
+                    bar.set_style(style);
+                }
                 bar.set_message(text);
                 bar.set_position(position.unwrap_or(0).into());
             }
@@ -129,7 +142,7 @@ impl Meter {
     /// Takes the bar away and gives how long each phase took.
     pub(crate) fn finish(mut self) -> Vec<(String, Duration)> {
         self.end_phase();
-        if let Face::Bar(bar) = &self.face {
+        if let Face::Bar { bar, .. } = &self.face {
             bar.finish_and_clear();
         }
         self.phases

@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 69] = [
+const COMMANDS: [&str; 70] = [
     "",
     "run",
     "create",
@@ -75,6 +75,7 @@ const COMMANDS: [&str; 69] = [
     "completion",
     "bench",
     "bench lifecycle",
+    "bench files",
 ];
 
 #[test]

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use smolvm_proto::Channel;
 use smolvm_proto::message::{ArchiveRequest, Event, ExtractRequest, Request};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::sync::mpsc;
 
 use crate::client::Heard;
@@ -117,6 +118,7 @@ impl Session {
             directory: directory.clone().into_bytes().into(),
             make_parents: options.make_parents,
             owner: Some("0:0".to_owned()),
+            file: None,
         }))?;
         let input = stream.input();
         let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
@@ -155,6 +157,156 @@ impl Session {
         // the queue is dropped and the packing stops.
         tokio::try_join!(send, answer)?;
         Ok(tally.copied(join_guest(&directory, &name)))
+    }
+
+    /// Writes what `source` gives to a file of the guest, which appears whole or not at all, belongs to
+    /// root and has mode 0644. The file's directory is made if `options` say so.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] if `guest` is a directory; [`ErrorKind::NotFound`] for a missing
+    /// directory, [`ErrorKind::NoSpace`] if the guest's disk is full, [`ErrorKind::Timeout`] if the guest
+    /// answers nothing any more, and what reading `source` fails with.
+    pub async fn upload_stream(
+        &self,
+        source: impl AsyncRead + Send + Unpin,
+        guest: &str,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        self.unless_hung(self.send_stream(source, guest, options, progress))
+            .await
+    }
+
+    async fn send_stream(
+        &self,
+        mut source: impl AsyncRead + Send + Unpin,
+        guest: &str,
+        options: &CopyOptions,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        absolute(guest)?;
+        if guest.ends_with('/') || self.is_directory(guest).await? {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("`{}` is a directory in the guest", guest.escape_debug()),
+            )
+            .hint("say what the file in it is to be called"));
+        }
+        let (directory, name) = split_guest(guest)?;
+        let mut stream = self.client.open(&Request::Extract(ExtractRequest {
+            directory: directory.as_bytes().to_vec().into(),
+            make_parents: options.make_parents,
+            owner: Some("0:0".to_owned()),
+            file: Some(name.as_bytes().to_vec().into()),
+        }))?;
+        let input = stream.input();
+        let mut bytes = 0;
+        let send = async {
+            let mut piece = vec![0; PIECE_BYTES];
+            loop {
+                let count = source.read(&mut piece).await.map_err(|error| {
+                    io_error(format!("could not read what is to be {guest}"), error)
+                })?;
+                if count == 0 {
+                    return input.close();
+                }
+                if !input.write(&piece[..count]).await? {
+                    // The guest gave the stream up; its answer says why.
+                    return Ok(());
+                }
+                bytes += count as u64;
+                progress(bytes, None);
+            }
+        };
+        let answer = async {
+            loop {
+                match stream.next().await? {
+                    Heard::Event(Event::Done) => return Ok(()),
+                    Heard::Event(other) => return Err(self.confused(&other)),
+                    Heard::Data(..) | Heard::End(_) => {}
+                }
+            }
+        };
+        tokio::pin!(answer);
+        // A guest that refuses ends the wait for a source that may say nothing for long.
+        tokio::select! {
+            answered = &mut answer => answered?,
+            sent = send => {
+                sent?;
+                answer.await?;
+            }
+        }
+        Ok(Copied {
+            files: 1,
+            bytes,
+            target: guest.to_owned(),
+        })
+    }
+
+    /// Writes the content of a file of the guest to `sink`, holes as zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] for a missing file; [`ErrorKind::InvalidInput`] for one that is no
+    /// regular file; [`ErrorKind::Timeout`] if the guest answers nothing any more; what writing fails
+    /// with.
+    pub async fn download_stream(
+        &self,
+        guest: &str,
+        sink: impl Write + Send + 'static,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        self.unless_hung(self.receive_stream(guest, sink, progress))
+            .await
+    }
+
+    async fn receive_stream(
+        &self,
+        guest: &str,
+        mut sink: impl Write + Send + 'static,
+        progress: CopyProgress<'_>,
+    ) -> Result<Copied> {
+        absolute(guest)?;
+        // A link is followed, as below.
+        let mut through = self.list(guest, true).await?;
+        if through
+            .first()
+            .is_some_and(|file| file.kind == FileKind::Symlink)
+        {
+            through.clear();
+        }
+        if through
+            .first()
+            .is_some_and(|file| file.kind != FileKind::File)
+            || self.is_directory(guest).await?
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("`{}` is no file in the guest", guest.escape_debug()),
+            )
+            .hint("a tree goes through tar: `smolvm exec NAME -- tar -C DIRECTORY -c . > FILE`"));
+        }
+        let total = through.first().map(|file| file.size);
+        let name = guest.to_owned();
+        let work = move |reader: PieceReader, tally: &Tally| {
+            let failed =
+                |error: io::Error| io_error(format!("could not write what is {name}"), error);
+            let mut reader = reader;
+            let mut archive = tar::Archive::new(&mut reader);
+            for entry in archive.entries().map_err(failed)? {
+                let mut entry = entry.map_err(failed)?;
+                let kind = entry.header().entry_type();
+                if kind.is_file() || kind.is_gnu_sparse() || kind.is_contiguous() {
+                    let bytes = io::copy(&mut entry, &mut sink).map_err(failed)?;
+                    tally.add(bytes);
+                }
+            }
+            sink.flush().map_err(failed)?;
+            reader.finish().map_err(failed)
+        };
+        let tally = self.archive(guest, total, false, work, progress).await?;
+        Ok(tally.copied("-".to_owned()))
     }
 
     /// Copies a file or tree out of the guest, with modes, times and holes; it belongs to the caller.
@@ -211,6 +363,24 @@ impl Session {
             })?;
         }
 
+        let work = {
+            let target = target.clone();
+            move |reader: PieceReader, tally: &Tally| unpack(reader, &parent, &target, tally)
+        };
+        let tally = self.archive(guest, total, true, work, progress).await?;
+        Ok(tally.copied(target.display().to_string()))
+    }
+
+    /// Has the guest send a file or tree, and `work` on a thread take it. When this returns, `work` has
+    /// ended; with `waits` also when this is dropped.
+    async fn archive(
+        &self,
+        guest: &str,
+        total: Option<u64>,
+        waits: bool,
+        work: impl FnOnce(PieceReader, &Tally) -> Result<()> + Send + 'static,
+        progress: CopyProgress<'_>,
+    ) -> Result<Arc<Tally>> {
         let mut stream = self.client.open(&Request::Archive(ArchiveRequest {
             path: guest.as_bytes().to_vec().into(),
             follow: true,
@@ -219,12 +389,19 @@ impl Session {
         }))?;
         let (sender, pieces) = mpsc::channel(PIECES_MAX);
         let tally = Arc::new(Tally::default());
+        let (ending, ended) = std::sync::mpsc::channel::<()>();
         let unpacker = tokio::task::spawn_blocking({
-            let (target, tally) = (target.clone(), Arc::clone(&tally));
-            move || unpack(PieceReader::new(pieces), &parent, &target, &tally)
+            let tally = Arc::clone(&tally);
+            move || {
+                let _ending = ending;
+                work(PieceReader::new(pieces), &tally)
+            }
         });
+        let mut feeding = Feeding {
+            queue: Some(sender),
+            ended: waits.then_some(ended),
+        };
         let mut bytes = 0;
-        let mut sender = Some(sender);
         let received = loop {
             match stream.next().await {
                 Ok(Heard::Data(Channel::Output, piece)) => {
@@ -232,10 +409,10 @@ impl Session {
                     progress(bytes, total);
                     // The unpacking thread may end early: on a local failure, which it reports, or
                     // because the archive's end came before the stream's.
-                    if let Some(queue) = &sender
+                    if let Some(queue) = &feeding.queue
                         && queue.send(piece).await.is_err()
                     {
-                        sender = None;
+                        feeding.queue = None;
                     }
                 }
                 Ok(Heard::Event(Event::Done)) => break Ok(()),
@@ -246,17 +423,17 @@ impl Session {
         };
         // A stream that broke off is told apart from one that ended by a last word on the queue.
         if received.is_ok()
-            && let Some(queue) = &sender
+            && let Some(queue) = &feeding.queue
         {
             let _ = queue.send(Vec::new()).await;
         }
-        drop(sender);
+        feeding.queue = None;
         let unpacked = unpacker
             .await
             .map_err(|panic| Error::new(ErrorKind::Internal, "unpacking failed").because(panic))?;
         received?;
         unpacked?;
-        Ok(tally.copied(target.display().to_string()))
+        Ok(tally)
     }
 
     async fn is_directory(&self, guest: &str) -> Result<bool> {
@@ -269,6 +446,24 @@ impl Session {
                 ErrorKind::NotFound | ErrorKind::InvalidInput => Ok(false),
                 _ => Err(error),
             },
+        }
+    }
+}
+
+/// The queue to a thread that takes what the guest sends.
+struct Feeding {
+    queue: Option<mpsc::Sender<Vec<u8>>>,
+    /// Ends with the thread. Given up, we wait for that, so that it has taken away what it began; not
+    /// where it writes to somebody who may never read.
+    ended: Option<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Drop for Feeding {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(ended) = &self.ended {
+            // Nothing is ever sent; an error is the other end's going.
+            let _ = ended.recv();
         }
     }
 }

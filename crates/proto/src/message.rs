@@ -187,6 +187,10 @@ pub struct ExtractRequest {
     /// Owner of everything unpacked, as in [`ExecRequest::user`]; the owners in the stream if absent.
     #[n(2)]
     pub owner: Option<String>,
+    /// Name of one file in `directory`, of mode 0644, whose content the stream is as it stands; it is
+    /// a tar stream if absent.
+    #[n(3)]
+    pub file: Option<ByteVec>,
 }
 
 /// A directory to list.

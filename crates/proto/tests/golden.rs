@@ -205,11 +205,19 @@ fn requests() -> Vec<(&'static str, Request)> {
             directory: bytes("/tmp"),
             make_parents: true,
             owner: None,
+            file: None,
         }),
         Request::Extract(ExtractRequest {
             directory: bytes("/tmp"),
             make_parents: false,
             owner: Some("root".to_owned()),
+            file: None,
+        }),
+        Request::Extract(ExtractRequest {
+            directory: bytes("/tmp"),
+            make_parents: false,
+            owner: Some("root".to_owned()),
+            file: Some(bytes("a")),
         }),
         Request::List(ListRequest {
             path: bytes("/"),
@@ -258,6 +266,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Exec(_) => "request.exec.bare",
         Request::Archive(archive) if archive.complete.is_some() => "request.archive.complete",
         Request::Archive(_) => "request.archive",
+        Request::Extract(extract) if extract.file.is_some() => "request.extract.file",
         Request::Extract(extract) if extract.owner.is_some() => "request.extract.owner",
         Request::Extract(_) => "request.extract",
         Request::List(_) => "request.list",
@@ -738,7 +747,7 @@ fn a_field_this_version_does_not_know_is_skipped() {
         match request {
             Request::Exec(exec) if exec.program.is_some() => skips_a_field_more(&exec),
             Request::Birth(birth) if birth.network.is_some() => skips_a_field_more(&birth),
-            Request::Extract(extract) if extract.owner.is_some() => skips_a_field_more(&extract),
+            Request::Extract(extract) if extract.file.is_some() => skips_a_field_more(&extract),
             _ => {}
         }
     }

@@ -299,6 +299,7 @@ impl Guest {
             directory: bytes_of(directory).into(),
             make_parents: false,
             owner: None,
+            file: None,
         }));
         self.upload(stream, tar);
         self.finish(stream)

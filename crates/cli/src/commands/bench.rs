@@ -3,6 +3,7 @@
 //! The numbers in the README come from here. The JSON names are those of the benchmark the product
 //! has always shipped, so that files of all releases can be put side by side.
 
+pub(crate) mod files;
 mod plot;
 
 use std::path::{Path, PathBuf};

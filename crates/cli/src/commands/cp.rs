@@ -1,4 +1,4 @@
-//! `smolvm cp`: files and directories between here and a sandbox.
+//! `smolvm cp`: files and directories between here and a sandbox, or its standard input and output.
 
 use std::path::Path;
 
@@ -17,13 +17,17 @@ use crate::report::CliError;
 Examples:
   smolvm cp data.csv box:/tmp/
   smolvm cp box:/var/log/messages .
+  tar -c src | smolvm cp - box:/srv/src.tar
+  smolvm cp box:/srv/out.json - | jq .
 
+`-` is standard input or output, and one file on the other side. A file appears whole under its name
+or not at all, also if the copy is interrupted; a tree that goes in, file by file.
 A local path with a colon in it is written ./like:this.")]
 pub(crate) struct Args {
-    /// What to copy: PATH or NAME:PATH
+    /// What to copy: PATH, NAME:PATH or -
     #[arg(value_name = "FROM", add = ArgValueCompleter::new(sides))]
     from: String,
-    /// Where to: NAME:PATH or PATH
+    /// Where to: NAME:PATH, PATH or -
     #[arg(value_name = "TO", add = ArgValueCompleter::new(sides))]
     to: String,
 }
@@ -32,6 +36,7 @@ pub(crate) struct Args {
 #[derive(Debug, PartialEq, Eq)]
 enum Side<'a> {
     Here(&'a Path),
+    Stream,
     Guest { name: &'a str, path: String },
 }
 
@@ -47,26 +52,21 @@ fn side(text: &str) -> Side<'_> {
             };
             Side::Guest { name, path }
         }
+        _ if text == "-" => Side::Stream,
         _ => Side::Here(Path::new(text)),
     }
 }
 
 /// Copies.
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
-    for typed in [&args.from, &args.to] {
-        if typed == "-" {
-            return Err(CliError::usage(
-                "`-` is no place to copy from or to",
-                "smolvm exec NAME -- cat PATH, or: smolvm exec NAME -- sh -c 'cat > PATH'",
-            ));
-        }
-    }
     match (side(&args.from), side(&args.to)) {
         (Side::Here(local), Side::Guest { name, path }) => {
             file::copy_in(cx, name, local, &path, false)
         }
         (Side::Guest { name, path }, Side::Here(local)) => file::copy_out(cx, name, &path, local),
-        (Side::Here(_), Side::Here(_)) => Err(CliError::usage(
+        (Side::Stream, Side::Guest { name, path }) => file::stream_in(cx, name, &path),
+        (Side::Guest { name, path }, Side::Stream) => file::stream_out(cx, name, &path),
+        (Side::Here(_) | Side::Stream, Side::Here(_) | Side::Stream) => Err(CliError::usage(
             "neither side is in a sandbox",
             "write one of them as NAME:/path",
         )),
@@ -112,6 +112,8 @@ mod tests {
         assert_eq!(side("box:"), guest("box", "/"));
         assert_eq!(side("./box:/tmp"), Side::Here(Path::new("./box:/tmp")));
         assert_eq!(side("/a:b"), Side::Here(Path::new("/a:b")));
+        assert_eq!(side("-"), Side::Stream);
+        assert_eq!(side("./-"), Side::Here(Path::new("./-")));
         assert_eq!(side("box"), Side::Here(Path::new("box")));
         assert_eq!(side("C:x"), Side::Here(Path::new("C:x")));
     }

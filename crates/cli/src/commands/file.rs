@@ -8,6 +8,7 @@ use smolvm_engine::{Copied, CopyOptions, FileInfo, FileKind};
 
 use super::{Context, Outcome, block_on};
 use crate::complete;
+use crate::output::Output;
 use crate::progress::Meter;
 use crate::report::CliError;
 use crate::signals::Signals;
@@ -120,6 +121,63 @@ pub(super) fn copy_out(
         copied
     })?;
     Ok(outcome(cx, name, &copied))
+}
+
+/// Copies standard input into a file of a sandbox.
+pub(super) fn stream_in(cx: &Context, name: &str, guest: &str) -> Result<Outcome, CliError> {
+    let engine = cx.engine(None)?;
+    let copied = block_on(async {
+        let mut signals = Signals::install()?;
+        let session = signals.or_interrupted(engine.connect(name)).await?;
+        let mut meter = Meter::new(cx.out, cx.world.stderr_terminal);
+        let mut progress = |done, total| meter.bytes("uploading", done, total);
+        let options = CopyOptions {
+            make_parents: false,
+        };
+        let upload = session.upload_stream(tokio::io::stdin(), guest, &options, &mut progress);
+        let copied = signals.or_interrupted(upload).await;
+        meter.finish();
+        copied
+    })?;
+    Ok(outcome(cx, name, &copied))
+}
+
+/// Copies a file of a sandbox to standard output.
+pub(super) fn stream_out(cx: &Context, name: &str, guest: &str) -> Result<Outcome, CliError> {
+    if cx.out.json {
+        return Err(CliError::usage(
+            "with --json, standard output is one JSON object and not a file",
+            "leave --json out, or copy to a file",
+        ));
+    }
+    let engine = cx.engine(None)?;
+    let copied = block_on(async {
+        let mut signals = Signals::install()?;
+        let session = signals.or_interrupted(engine.connect(name)).await?;
+        // A bar would be drawn into what is shown on the same terminal.
+        let bar = cx.world.stderr_terminal && !cx.world.stdout_terminal;
+        let out = Output {
+            quiet: cx.out.quiet || cx.world.stdout_terminal,
+            ..cx.out
+        };
+        let mut meter = Meter::new(out, bar);
+        let mut progress = |done, total| meter.bytes("downloading", done, total);
+        let download = session.download_stream(guest, std::io::stdout(), &mut progress);
+        let copied = signals.or_interrupted(download).await;
+        meter.finish();
+        copied.map_err(|error| match error {
+            CliError::Engine(error) if is_broken_pipe(&error) => CliError::BrokenPipe,
+            error => error,
+        })
+    })?;
+    Ok(json!({ "vm": { "name": name }, "files": copied.files, "bytes": copied.bytes }).into())
+}
+
+/// Whether it came about because nobody reads standard output any more.
+fn is_broken_pipe(error: &smolvm_engine::Error) -> bool {
+    std::error::Error::source(error)
+        .and_then(|source| source.downcast_ref::<std::io::Error>())
+        .is_some_and(|source| source.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn outcome(cx: &Context, name: &str, copied: &Copied) -> Outcome {

@@ -252,6 +252,7 @@ fn verb(command: Command) -> (&'static str, Verb) {
         Command::Completion(args) => verb!("completion", completion::run, args),
         Command::Bench(group) => match group.command {
             Some(BenchCommand::Lifecycle(args)) => verb!("bench.lifecycle", bench::run, args),
+            Some(BenchCommand::Files(args)) => verb!("bench.files", bench::files::run, args),
             None => ("bench", Verb::Help(&["bench"])),
         },
     }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, sym
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use rustix::process::Signal;
 use smolvm_testkit::Home;
 
 const GIB: u64 = 1 << 30;
@@ -141,6 +142,70 @@ fn copies_keep_what_a_file_and_a_tree_are() {
         .expect(1)
         .complains_of(&["/no/such"]);
     assert_eq!(tree(&here), before, "a download that failed left something");
+    home.rm(&["box"]);
+}
+
+#[test]
+fn standard_input_and_output_are_sides_of_a_copy() {
+    let home = Home::new(1);
+    let here = home.scratch();
+    home.create("box", &[]);
+    // More than any window or pipe holds, and not text.
+    let bytes: Vec<u8> = (0..3_000_001_u32).map(|at| (at % 251) as u8).collect();
+    home.smolvm(["cp", "-", "box:/root/in"])
+        .stdin(bytes.clone())
+        .run()
+        .ok();
+    assert_eq!(
+        home.sh("box", "stat -c '%a %u:%g %s' /root/in"),
+        "644 0:0 3000001\n"
+    );
+    let back = home.smolvm(["cp", "box:/root/in", "-"]).run().ok();
+    assert!(
+        back.stdout == bytes,
+        "{} bytes came back",
+        back.stdout.len()
+    );
+    home.sh("box", "ln -s in /root/link; truncate -s 1M /root/holes");
+    let back = home.smolvm(["cp", "box:/root/holes", "-"]).run().ok();
+    assert!(back.stdout == vec![0; 1 << 20], "{}", back.stdout.len());
+    let back = home.smolvm(["cp", "box:/root/link", "-"]).run().ok();
+    assert_eq!(back.stdout.len(), bytes.len());
+    for (args, code, word) in [
+        (["cp", "box:/root", "-"], 2, "no file"),
+        (["cp", "-", "box:/root"], 2, "is a directory"),
+        (["cp", "-", "box:/no/such/dir"], 1, "/no/such"),
+        (["cp", "box:/no/such", "-"], 1, "/no/such"),
+    ] {
+        home.smolvm(args).run().expect(code).complains_of(&[word]);
+    }
+
+    // What is interrupted leaves no half file under its name, neither there nor here.
+    let mut cut = home
+        .smolvm(["cp", "-", "box:/root/half"])
+        .open_stdin()
+        .spawn();
+    cut.write(&bytes);
+    home.sh("box", "until ls -A /root | grep -q smolvm-part; do :; done");
+    cut.signal(Signal::INT);
+    cut.wait().expect(130);
+    home.sh(
+        "box",
+        "while ls -A /root | grep -q smolvm-part; do :; done; test ! -e /root/half",
+    );
+    home.sh("box", "head -c 100M /dev/zero > /root/big");
+    let cut = home.smolvm(["cp", "box:/root/big", path(&here)]).spawn();
+    let staging = || {
+        fs::read_dir(&here)
+            .expect("a directory")
+            .any(|entry| entry.expect("an entry").path().is_dir())
+    };
+    while !staging() {
+        std::thread::yield_now();
+    }
+    cut.signal(Signal::INT);
+    cut.wait().expect(130);
+    assert_eq!(fs::read_dir(&here).expect("a directory").count(), 0);
     home.rm(&["box"]);
 }
 
