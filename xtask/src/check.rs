@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use crate::{run, tidy};
+use crate::{kvm_lab, run, tidy};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Leave out the tests on real microVMs
+    /// Leave out the tests on real microVMs, and those in the KVM lab
     #[arg(long)]
     fast: bool,
 }
@@ -107,6 +107,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     step("tests", &mut || {
         tests.run(&runner, args.fast).map(|()| Verdict::Passed)
     });
+    if !args.fast {
+        step("KVM lab", &mut || {
+            kvm_lab::check(&mut tests).map(|()| Verdict::Passed)
+        });
+    }
 
     tests.show_slowest();
     run::say("");
@@ -128,10 +133,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             took.as_secs_f64()
         ));
     }
-    run::say(&format!(
-        "\n{} passed, {} failed",
-        tests.passed, tests.failed
-    ));
+    run::say(&format!("\n{}", tests.counts()));
     if failed > 0 {
         bail!("{failed} of {} checks failed", done.len());
     }
@@ -160,11 +162,13 @@ fn component(name: &str, args: &[&str]) -> Result<Verdict> {
 
 /// What the test programs said.
 #[derive(Debug, Default)]
-struct Tests {
+pub(crate) struct Tests {
     /// The test program that speaks now.
     program: String,
-    passed: u64,
-    failed: u64,
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    /// What was not run, and why: in words that begin with how many.
+    pub(crate) skipped: Option<String>,
     times: Vec<(f64, String)>,
 }
 
@@ -198,7 +202,7 @@ impl Tests {
     }
 
     /// Reads what cargo and the test programs print.
-    fn line(&mut self, line: &str) {
+    pub(crate) fn line(&mut self, line: &str) {
         let trimmed = line.trim();
         if let Some(rest) = trimmed.strip_prefix("Running ") {
             self.program = rest
@@ -224,7 +228,13 @@ impl Tests {
         }
     }
 
-    fn show_slowest(&mut self) {
+    /// All counts in words.
+    pub(crate) fn counts(&self) -> String {
+        let skipped = self.skipped.iter().map(|why| format!(", {why}"));
+        format!("{} passed, {} failed", self.passed, self.failed) + &skipped.collect::<String>()
+    }
+
+    pub(crate) fn show_slowest(&mut self) {
         self.times.sort_by(|a, b| b.0.total_cmp(&a.0));
         if !self.times.is_empty() {
             run::say("\nthe slowest tests:");

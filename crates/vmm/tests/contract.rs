@@ -439,6 +439,15 @@ mod qemu_only {
     }
 }
 
+/// How guests run: translated, unless `SMOLVM_TEST_ACCEL` is `kvm`, as it is in the KVM lab.
+fn accel() -> Accel {
+    match std::env::var("SMOLVM_TEST_ACCEL").as_deref() {
+        Ok("kvm") => Accel::Kvm,
+        Ok(other) => panic!("SMOLVM_TEST_ACCEL={other} is no way to run guests"),
+        Err(_) => Accel::Emulation,
+    }
+}
+
 /// The kernels of the tests' guests, in a directory that goes when the test ends.
 struct Files(tempfile::TempDir);
 
@@ -462,7 +471,7 @@ impl Files {
         VmPlan {
             name: format!("contract-{}", MACHINES.fetch_add(1, Ordering::Relaxed)),
             program,
-            accel: Accel::Emulation,
+            accel: accel(),
             cpus: 1,
             memory_mib: 64,
             memory: Memory::Anonymous,

@@ -7,6 +7,7 @@
 mod cpio;
 mod machine;
 mod root;
+mod suite;
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -18,10 +19,12 @@ use anyhow::{Context as _, Result, bail};
 
 use self::machine::Files;
 use self::root::Root;
+use self::suite::Suite;
+use crate::check::Tests;
 use crate::run;
 
 /// Arguments of `kvm-lab`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 #[command(after_help = "\
 Examples:
   cargo xtask kvm-lab
@@ -40,9 +43,12 @@ pub(crate) struct Args {
     /// Run this static program in the lab instead, with what comes after `--` as its arguments
     #[arg(long, value_name = "FILE", conflicts_with = "shell")]
     run: Option<PathBuf>,
-    /// Most seconds the lab may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    timeout: u64,
+    /// Most seconds the lab may take [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Take this file or directory along, as /cargo/with/NAME, with --run or --shell
+    #[arg(long, value_name = "FILE")]
+    with: Vec<PathBuf>,
     /// Only tests with one of these in their names; or the arguments of --run
     #[arg(last = true, value_name = "FILTER")]
     words: Vec<String>,
@@ -62,44 +68,84 @@ const PROGRAMS: [&str; 7] = [
 const OTHERS: [&str; 2] = ["firecracker", "jailer"];
 /// Size of the scratch disk in the lab. It has holes.
 const SCRATCH_BYTES: u64 = 8 << 30;
+/// How long the lab may take if nobody says otherwise. All of it takes about half of that.
+const TIMEOUT_SECONDS: u64 = 600;
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if !args.shell && args.run.is_none() {
+        let mut tests = Tests::default();
+        let outcome = test(args, &mut tests);
+        tests.show_slowest();
+        run::say(&format!("\nkvm-lab: {}", tests.counts()));
+        return outcome;
+    }
     let lab = Lab::open()?;
     let cargo = lab.cargo()?;
-    let (program, words): (PathBuf, &[String]) = match &args.run {
-        Some(program) => (program.clone(), &args.words),
-        None => (PathBuf::new(), &args.words),
-    };
     if args.shell {
         cargo.write("lab/shell", "")?;
-    } else if args.run.is_some() {
+    } else if let Some(program) = &args.run {
         let name = program.file_name().context("a program has a name")?;
         let name = name.to_str().context("a name that is not text")?;
-        cargo.link(&format!("run/{name}"), &program)?;
+        cargo.link(&format!("run/{name}"), program)?;
         let mut line = format!("exec {}", quoted(&format!("/cargo/run/{name}")));
-        for word in words {
+        for word in &args.words {
             line = format!("{line} {}", quoted(word));
         }
-        cargo.script("lab/job.sh", &format!("modprobe kvm-amd\n{line}\n"))?;
-    } else {
-        bail!("the lab has no tests yet; see --run and --shell");
+        let path = "export PATH=\"/cargo/firecracker:$PATH\"";
+        cargo.script("lab/job.sh", &format!("modprobe kvm-amd\n{path}\n{line}\n"))?;
+    }
+    for file in &args.with {
+        let name = file.file_name().context("a file has a name")?;
+        cargo.link(&format!("with/{}", name.display()), file)?;
     }
     let files = cargo.pack(&lab.tar_to_erofs)?;
     let outcome = if args.shell {
         machine::shell(&lab.root, &files).map(|()| 0)
     } else {
-        let patience = Duration::from_secs(args.timeout);
-        machine::run(&lab.root, &files, patience, run::say)
+        machine::run(&lab.root, &files, patience(args), run::say)
     };
-    let kept = lab.fetch(&files);
-    if !args.keep {
-        fs::remove_dir_all(&lab.run).context("removing the lab's disks")?;
-    }
-    let code = outcome?;
-    kept?;
-    run::say(&format!("kvm-lab: results are in {}", lab.out.display()));
+    let code = lab.close(&files, args.keep, outcome)?;
     if code != 0 {
         bail!("the job in the lab ended with exit code {code}");
+    }
+    Ok(())
+}
+
+/// What `cargo xtask check` does: all tests, counted.
+pub(crate) fn check(tests: &mut Tests) -> Result<()> {
+    test(&Args::default(), tests)
+}
+
+fn patience(args: &Args) -> Duration {
+    Duration::from_secs(args.timeout.unwrap_or(TIMEOUT_SECONDS))
+}
+
+/// Runs the lab's tests and counts them. Fails if one does, or does not run.
+fn test(args: &Args, tests: &mut Tests) -> Result<()> {
+    let lab = Lab::open()?;
+    let firecracker = OTHERS.iter().all(|name| on_path(name).is_some());
+    let suite = Suite::plan(&args.words, firecracker)?;
+    if !firecracker {
+        let why = format!("{} skipped: no firecracker on the PATH", suite.skipped);
+        run::say(&format!("kvm-lab: {why}"));
+        tests.skipped = Some(why);
+    }
+    let cargo = lab.cargo()?;
+    suite.pack(&cargo)?;
+    let files = cargo.pack(&lab.tar_to_erofs)?;
+    run::say(&format!("kvm-lab: {} tests", suite.planned));
+    let (passed, failed) = (tests.passed, tests.failed);
+    let outcome = machine::run(&lab.root, &files, patience(args), |line| {
+        tests.line(line);
+        run::say(line);
+    });
+    let code = lab.close(&files, args.keep, outcome)?;
+    let (passed, failed) = (tests.passed - passed, tests.failed - failed);
+    if failed > 0 || code != 0 || passed != suite.planned {
+        bail!(
+            "{passed} of {} tests in the lab passed, {failed} failed; its exit code is {code}",
+            suite.planned
+        );
     }
     Ok(())
 }
@@ -162,18 +208,30 @@ impl Lab {
     fn cargo(&self) -> Result<Cargo> {
         let cargo = Cargo::new(&self.run)?;
         cargo.script("lab/init.sh", include_str!("guest/init.sh"))?;
+        // In a place of their own: where one is found, it is chosen.
         for name in OTHERS {
             if let Some(program) = on_path(name) {
-                cargo.link(&format!("bin/{name}"), &program)?;
+                cargo.link(&format!("firecracker/{name}"), &program)?;
             }
         }
         Ok(cargo)
     }
 
-    /// Brings results out, as far as there are any.
-    fn fetch(&self, files: &Files) -> Result<()> {
-        fs::copy(&files.console, self.out.join("console.txt")).context("keeping the console")?;
-        machine::fetch_results(&files.scratch, &self.out)
+    /// Brings results out, as far as there are any, and removes the disks.
+    fn close(&self, files: &Files, keep: bool, outcome: Result<i32>) -> Result<i32> {
+        let fetched = fs::copy(&files.console, self.out.join("console.txt"))
+            .context("keeping the console")
+            .and_then(|_| machine::fetch_results(&files.scratch, &self.out));
+        if !keep {
+            fs::remove_dir_all(&self.run).context("removing the lab's disks")?;
+        }
+        let code = outcome?;
+        fetched?;
+        run::say(&format!(
+            "kvm-lab: what it left is in {}",
+            self.out.display()
+        ));
+        Ok(code)
     }
 }
 
@@ -208,6 +266,10 @@ impl Cargo {
             .with_context(|| format!("finding {}", from.display()))?;
         symlink(&from, self.place(path)?)
             .with_context(|| format!("taking {} along", from.display()))
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.dir.join(path).is_symlink()
     }
 
     fn write(&self, path: &str, text: &str) -> Result<()> {
