@@ -818,7 +818,7 @@ impl Engine {
                 or_boot: false,
             });
             source = Some(snapshot.files.disk());
-        } else if fresh && self.why_no_template(row, &facts).is_none() {
+        } else if fresh && self.why_no_template(row).is_none() {
             match templates::obtain(&self.assets(), &self.config().keeper, row, &plan, None) {
                 Ok((template, _)) => {
                     plan.vm.memory = Memory::CopyOf(template.memory());
@@ -890,15 +890,9 @@ impl Engine {
     }
 
     /// Why no machine that was booted ahead may stand in for a boot, if so.
-    pub(crate) fn why_no_template(
-        &self,
-        row: &SandboxRow,
-        facts: &HostFacts,
-    ) -> Option<&'static str> {
+    pub(crate) fn why_no_template(&self, row: &SandboxRow) -> Option<&'static str> {
         if !self.config().templates {
             Some("templates are switched off")
-        } else if facts.accel != Accel::Emulation {
-            Some("guests run with KVM, where restoring is not proven yet")
         } else if row.spec.disk_mode == DiskMode::Shared {
             Some("it has a shared disk, of whose content no template knows")
         } else {

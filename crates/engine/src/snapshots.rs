@@ -243,8 +243,7 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::NotRunning`]; [`ErrorKind::Unsupported`] for one that
-    /// shares its disk or runs on hardware virtualization, where this is not proven yet;
-    /// [`ErrorKind::NoSpace`]. Nothing remains after an error.
+    /// shares its disk; [`ErrorKind::NoSpace`]. Nothing remains after an error.
     pub async fn snapshot(&self, name: &str, snapshot: Option<&str>) -> Result<SnapshotInfo> {
         let snapshot = match snapshot {
             // The rule is that of sandboxes, and so is the hint.
@@ -678,7 +677,7 @@ fn unknown_snapshot(name: &str) -> Error {
     .hint("see the snapshots with `smolvm snapshot ls`")
 }
 
-/// Refuses a sandbox of which no copy could be told apart from it, or is not proven to work.
+/// Refuses a sandbox of which no copy could be told apart from it.
 fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
     let name = &row.spec.name;
     let refuse = |why: &str, hint: &str| {
@@ -693,12 +692,6 @@ fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
         return refuse(
             "its disk is shared, and may have one writer",
             "create it with --disk-mode isolated",
-        );
-    }
-    if row.accel.as_deref() == Some("kvm") {
-        return refuse(
-            "copying machines is not proven on hardware virtualization yet",
-            "start it with --accel emulation",
         );
     }
     Ok(())

@@ -460,7 +460,7 @@ impl Engine {
         let row = self.unmade_row(&store, spec)?;
         let nic = spec.network.needs_device();
         let facts = self.host_facts(&mut store, &row, nic)?;
-        if let Some(reason) = self.why_no_template(&row, &facts) {
+        if let Some(reason) = self.why_no_template(&row) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "no sandbox of this kind would start from a template",

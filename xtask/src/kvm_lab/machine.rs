@@ -1,7 +1,8 @@
 //! The lab's machine: an AMD processor with SVM, emulated, and what comes out of it.
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,8 +20,12 @@ use crate::run;
 const CPUS: u32 = 2;
 /// Memory in MiB. Guests, the page cache and the layer over the root file system are in it.
 const MEMORY_MIB: u32 = 4096;
+/// How long the machine may show no sign of life, of which it gives one every 5 s.
+const PULSE: Duration = Duration::from_secs(60);
 /// How long the machine may say nothing before somebody is told that it still runs.
 const QUIET: Duration = Duration::from_secs(30);
+/// How often the machine is looked at.
+const LOOK: Duration = Duration::from_secs(5);
 /// How many of the console's last lines are shown when something goes wrong.
 const LAST_WORDS: usize = 40;
 
@@ -33,8 +38,23 @@ pub(super) struct Files {
     pub(super) scratch: PathBuf,
     /// What the kernel says.
     pub(super) console: PathBuf,
+    /// Where the registers of a machine that froze are written to.
+    pub(super) registers: PathBuf,
+    /// Where QEMU's monitor listens.
+    pub(super) monitor: PathBuf,
     /// Where the job's exit code arrives.
     pub(super) verdict: PathBuf,
+    /// Grows for as long as the machine is alive.
+    pub(super) heartbeat: PathBuf,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The job came to its end, with this exit code.
+    Code(i32),
+    /// The machine stopped dead: not the job, but all of it.
+    Froze,
 }
 
 /// What the machine's owner hears.
@@ -44,13 +64,13 @@ enum Heard {
     Signal(i32),
 }
 
-/// Runs the machine to its end, shows each line of its job to `see`, and returns the job's exit code.
+/// Runs the machine to its end, and shows each line of its job to `see`.
 pub(super) fn run(
     root: &Root,
     files: &Files,
     patience: Duration,
     mut see: impl FnMut(&str),
-) -> Result<i32> {
+) -> Result<End> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("watching for signals")?;
     let handle = signals.handle();
     let (tell, heard) = mpsc::channel();
@@ -71,21 +91,30 @@ pub(super) fn run(
         .process_group(0);
     command.args(["-chardev", &file_chardev("verdict", &files.verdict)]);
     command.args(["-serial", "chardev:verdict"]);
+    command.args(["-chardev", &file_chardev("heartbeat", &files.heartbeat)]);
+    command.args(["-serial", "chardev:heartbeat"]);
     let mut machine = Machine(command.spawn().context("starting the lab's machine")?);
     let output = machine.0.stdout.take().context("the machine's output")?;
     let reader = std::thread::spawn(move || read(output, &tell));
 
     let ended = listen(&heard, patience, files, &mut see);
-    if ended.is_err() {
+    if matches!(ended, Ok(Listened::Froze)) {
+        let registers = registers(&files.monitor).unwrap_or_else(|error| error.to_string());
+        // For whoever looks into it; without, there is the console still.
+        let _ = fs::write(&files.registers, registers);
+    }
+    if !matches!(ended, Ok(Listened::Ended)) {
         machine.kill();
     }
     let status = machine.0.wait().context("waiting for the lab's machine")?;
     handle.close();
     let _ = (reader.join(), watcher.join());
-    ended?;
+    if ended? == Listened::Froze {
+        return Ok(End::Froze);
+    }
     let verdict = fs::read_to_string(&files.verdict).unwrap_or_default();
     match verdict.trim().parse() {
-        Ok(code) => Ok(code),
+        Ok(code) => Ok(End::Code(code)),
         Err(_) => bail!(
             "the lab's machine ended ({status}) before its job did{}",
             last_words(&files.console)
@@ -125,6 +154,11 @@ fn command(root: &Root, files: &Files) -> Command {
         "-append",
         "console=ttyS0 panic=-1 tsc=reliable no_timer_check cryptomgr.notests nokaslr \
          mitigations=off random.trust_cpu=on norandmaps",
+    ]);
+    // To look into a machine that hangs: `socat - UNIX-CONNECT:target/kvm-lab/run/monitor`.
+    command.args([
+        "-monitor",
+        &format!("unix:{},server=on,wait=off", escaped(&files.monitor)),
     ]);
     let disks = [
         (&root.image, "read-only=on,locking=off"),
@@ -168,16 +202,25 @@ fn read(output: impl Read, tell: &mpsc::Sender<Heard>) {
     let _ = tell.send(Heard::Closed);
 }
 
-/// Passes lines on until the machine ends, it takes too long, or somebody interrupts.
+/// Why nothing more is to be heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Listened {
+    Ended,
+    Froze,
+}
+
+/// Passes lines on until the machine ends or freezes, it takes too long, or somebody interrupts.
 fn listen(
     heard: &mpsc::Receiver<Heard>,
     patience: Duration,
     files: &Files,
     see: &mut impl FnMut(&str),
-) -> Result<()> {
+) -> Result<Listened> {
     let begin = Instant::now();
+    let (mut said, mut alive, mut beats) = (begin, begin, 0);
     loop {
-        let left = patience.saturating_sub(begin.elapsed());
+        let now = Instant::now();
+        let left = patience.saturating_sub(now - begin);
         if left.is_zero() {
             bail!(
                 "the lab's machine did not end within {} s{}",
@@ -185,20 +228,46 @@ fn listen(
                 last_words(&files.console)
             );
         }
-        match heard.recv_timeout(left.min(QUIET)) {
-            Ok(Heard::Line(line)) => see(&line),
-            Ok(Heard::Closed) | Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+        let counted = fs::metadata(&files.heartbeat).map_or(0, |file| file.len());
+        if counted != beats {
+            (beats, alive) = (counted, now);
+        } else if now - alive > PULSE {
+            return Ok(Listened::Froze);
+        }
+        match heard.recv_timeout(left.min(LOOK)) {
+            Ok(Heard::Line(line)) => {
+                see(&line);
+                said = Instant::now();
+            }
+            Ok(Heard::Closed) | Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Ok(Listened::Ended);
+            }
             Ok(Heard::Signal(signal)) => bail!("interrupted by signal {signal}"),
-            Err(mpsc::RecvTimeoutError::Timeout) => run::say(&format!(
-                "kvm-lab: still running after {} s",
-                begin.elapsed().as_secs()
-            )),
+            Err(mpsc::RecvTimeoutError::Timeout) if said.elapsed() > QUIET => {
+                run::say(&format!(
+                    "kvm-lab: still running after {} s",
+                    begin.elapsed().as_secs()
+                ));
+                said = Instant::now();
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
         }
     }
 }
 
+/// What the machine's processors are doing, by QEMU's monitor.
+fn registers(monitor: &Path) -> std::io::Result<String> {
+    let mut stream = UnixStream::connect(monitor)?;
+    stream.set_read_timeout(Some(LOOK))?;
+    stream.write_all(b"info registers -a\ninfo lapic 0\ninfo lapic 1\n")?;
+    let mut text = Vec::new();
+    // The monitor says no end, so this ends by the time.
+    let _ = stream.read_to_end(&mut text);
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// The end of what the kernel said, to be put behind an error.
-fn last_words(console: &Path) -> String {
+pub(super) fn last_words(console: &Path) -> String {
     let Ok(bytes) = fs::read(console) else {
         return String::new();
     };

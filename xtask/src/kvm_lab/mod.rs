@@ -13,11 +13,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use self::machine::Files;
+use self::machine::{End, Files};
 use self::root::Root;
 use self::suite::Suite;
 use crate::check::Tests;
@@ -43,6 +43,9 @@ pub(crate) struct Args {
     /// Run this static program in the lab instead, with what comes after `--` as its arguments
     #[arg(long, value_name = "FILE", conflicts_with = "shell")]
     run: Option<PathBuf>,
+    /// Run also the end-to-end tests that xtask/src/kvm_lab/e2e.list leaves out
+    #[arg(long)]
+    all: bool,
     /// Most seconds the lab may take [default: 600]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -68,6 +71,8 @@ const PROGRAMS: [&str; 7] = [
 const OTHERS: [&str; 2] = ["firecracker", "jailer"];
 /// Size of the scratch disk in the lab. It has holes.
 const SCRATCH_BYTES: u64 = 8 << 30;
+/// How often the machine may freeze.
+const FREEZES_MAX: u32 = 2;
 /// How long the lab may take if nobody says otherwise. All of it takes about half of that.
 const TIMEOUT_SECONDS: u64 = 600;
 
@@ -100,15 +105,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let files = cargo.pack(&lab.tar_to_erofs)?;
     let outcome = if args.shell {
-        machine::shell(&lab.root, &files).map(|()| 0)
+        machine::shell(&lab.root, &files).map(|()| End::Code(0))
     } else {
         machine::run(&lab.root, &files, patience(args), run::say)
     };
-    let code = lab.close(&files, args.keep, outcome)?;
-    if code != 0 {
-        bail!("the job in the lab ended with exit code {code}");
+    match lab.close(&files, args.keep, outcome)? {
+        End::Code(0) => Ok(()),
+        End::Code(code) => bail!("the job in the lab ended with exit code {code}"),
+        End::Froze => bail!("{}", frozen(&files)),
     }
-    Ok(())
+}
+
+/// What is said of a machine that stopped dead. That is no fault of what runs in it.
+fn frozen(files: &Files) -> String {
+    format!(
+        "the lab's machine froze: it gave no sign of life for a minute; its registers are in {}{}",
+        files.registers.display(),
+        machine::last_words(&files.console)
+    )
 }
 
 /// What `cargo xtask check` does: all tests, counted.
@@ -121,30 +135,53 @@ fn patience(args: &Args) -> Duration {
 }
 
 /// Runs the lab's tests and counts them. Fails if one does, or does not run.
+///
+/// The emulated machine freezes now and then, whatever runs in it. The tests it still had to run are
+/// then run in another one, and everybody is told.
 fn test(args: &Args, tests: &mut Tests) -> Result<()> {
+    let begin = Instant::now();
     let lab = Lab::open()?;
     let firecracker = OTHERS.iter().all(|name| on_path(name).is_some());
-    let suite = Suite::plan(&args.words, firecracker)?;
+    let mut suite = Suite::plan(&args.words, firecracker, args.all)?;
     if !firecracker {
         let why = format!("{} skipped: no firecracker on the PATH", suite.skipped);
         run::say(&format!("kvm-lab: {why}"));
         tests.skipped = Some(why);
     }
-    let cargo = lab.cargo()?;
-    suite.pack(&cargo)?;
-    let files = cargo.pack(&lab.tar_to_erofs)?;
-    run::say(&format!("kvm-lab: {} tests", suite.planned));
+    let planned = suite.left();
+    run::say(&format!("kvm-lab: {planned} tests"));
     let (passed, failed) = (tests.passed, tests.failed);
-    let outcome = machine::run(&lab.root, &files, patience(args), |line| {
-        tests.line(line);
-        run::say(line);
-    });
-    let code = lab.close(&files, args.keep, outcome)?;
-    let (passed, failed) = (tests.passed - passed, tests.failed - failed);
-    if failed > 0 || code != 0 || passed != suite.planned {
+    let mut freezes = 0;
+    let code = loop {
+        let cargo = lab.cargo()?;
+        suite.pack(&cargo)?;
+        let files = cargo.pack(&lab.tar_to_erofs)?;
+        let outcome = machine::run(&lab.root, &files, patience(args), |line| {
+            tests.line(line);
+            suite.line(line);
+            run::say(line);
+        });
+        match lab.close(&files, args.keep, outcome)? {
+            End::Code(code) => break code,
+            End::Froze if freezes < FREEZES_MAX => {
+                freezes += 1;
+                run::say(&format!("kvm-lab: {}", frozen(&files)));
+                run::say(&format!(
+                    "kvm-lab: FROZE after {:.0} s; {} tests are left for another one",
+                    begin.elapsed().as_secs_f64(),
+                    suite.left()
+                ));
+                fs::create_dir_all(&lab.run).context("making a place for the disks")?;
+            }
+            End::Froze => bail!("{}", frozen(&files)),
+        }
+    };
+    // By the names of tests, because a program whose machine froze never gave its sum.
+    (tests.passed, tests.failed) = (passed + suite.passed, failed + suite.failed);
+    let (passed, failed) = (suite.passed, suite.failed);
+    if failed > 0 || code != 0 || passed != planned {
         bail!(
-            "{passed} of {} tests in the lab passed, {failed} failed; its exit code is {code}",
-            suite.planned
+            "{passed} of {planned} tests in the lab passed, {failed} failed; its exit code is {code}"
         );
     }
     Ok(())
@@ -218,20 +255,23 @@ impl Lab {
     }
 
     /// Brings results out, as far as there are any, and removes the disks.
-    fn close(&self, files: &Files, keep: bool, outcome: Result<i32>) -> Result<i32> {
+    fn close(&self, files: &Files, keep: bool, outcome: Result<End>) -> Result<End> {
         let fetched = fs::copy(&files.console, self.out.join("console.txt"))
             .context("keeping the console")
             .and_then(|_| machine::fetch_results(&files.scratch, &self.out));
         if !keep {
             fs::remove_dir_all(&self.run).context("removing the lab's disks")?;
         }
-        let code = outcome?;
-        fetched?;
-        run::say(&format!(
-            "kvm-lab: what it left is in {}",
-            self.out.display()
-        ));
-        Ok(code)
+        let end = outcome?;
+        // Of a machine that froze there is what had reached the disk, if that.
+        if end != End::Froze {
+            fetched?;
+            run::say(&format!(
+                "kvm-lab: what it left is in {}",
+                self.out.display()
+            ));
+        }
+        Ok(end)
     }
 }
 
@@ -268,10 +308,6 @@ impl Cargo {
             .with_context(|| format!("taking {} along", from.display()))
     }
 
-    fn has(&self, path: &str) -> bool {
-        self.dir.join(path).is_symlink()
-    }
-
     fn write(&self, path: &str, text: &str) -> Result<()> {
         fs::write(self.place(path)?, text).with_context(|| format!("writing {path}"))
     }
@@ -296,7 +332,10 @@ impl Cargo {
             cargo: file("cargo.erofs"),
             scratch: file("scratch.ext4"),
             console: file("console.txt"),
+            registers: self.run.with_file_name("out").join("registers.txt"),
+            monitor: file("monitor"),
             verdict: file("verdict"),
+            heartbeat: file("heartbeat"),
         };
         let mut tar = Command::new("tar")
             .args(["-c", "--dereference", "--owner=0", "--group=0", "-C"])

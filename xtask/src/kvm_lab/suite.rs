@@ -93,7 +93,7 @@ const STEPS: [Step; 6] = [
         name: "end to end, QEMU",
         program: "e2e",
         which: Which::Listed(E2E),
-        environment: &[],
+        environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
         engine: Engine::Qemu,
         threads: 2,
@@ -102,23 +102,28 @@ const STEPS: [Step; 6] = [
         name: "end to end, Firecracker",
         program: "e2e",
         which: Which::Listed(E2E),
-        environment: &[],
+        environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
         engine: Engine::Firecracker,
         threads: 2,
     },
 ];
 
-/// Directories of the lab.
+/// The test programs of all steps.
+const TEST_PROGRAMS: [&str; 3] = ["probe", "contract", "e2e"];
+
+/// Where programs are that are only found by the steps that need them.
 const FIRECRACKER: &str = "/cargo/firecracker";
 
 /// What is going to be run.
 #[derive(Debug)]
 pub(super) struct Suite {
-    /// The lab's job.
-    pub(super) job: String,
-    /// How many tests it runs.
-    pub(super) planned: u64,
+    /// The tests of each step that have no result yet.
+    left: Vec<(&'static Step, Vec<String>)>,
+    /// The step that speaks now, by its place among those.
+    speaks: Option<usize>,
+    pub(super) passed: u64,
+    pub(super) failed: u64,
     /// How many would run if there was a Firecracker.
     pub(super) skipped: u64,
     /// Test programs by their names.
@@ -128,43 +133,83 @@ pub(super) struct Suite {
 impl Suite {
     /// Builds the test programs and decides what to run of them: tests with one of `filters` in their
     /// names, or all if there is none.
-    pub(super) fn plan(filters: &[String], firecracker: bool) -> Result<Self> {
-        let programs = build()?;
+    ///
+    /// With `all`, also those that the list leaves out.
+    pub(super) fn plan(filters: &[String], firecracker: bool, all: bool) -> Result<Self> {
         let mut suite = Self {
-            job: include_str!("guest/suite.sh").to_owned(),
-            planned: 0,
+            left: Vec::new(),
+            speaks: None,
+            passed: 0,
+            failed: 0,
             skipped: 0,
-            programs,
+            programs: build()?,
         };
-        let mut host = Host::WithoutKvm;
         for step in &STEPS {
-            let program = suite.program(step.program)?;
-            let all = tests_of(program)?;
-            let mut chosen = step.which.choose(&all)?;
+            let known = tests_of(suite.program(step.program)?)?;
+            let mut chosen = match step.which {
+                Which::Listed(_) if all => known,
+                _ => step.which.choose(&known)?,
+            };
             chosen.retain(|test| filters.is_empty() || filters.iter().any(|f| test.contains(f)));
-            let count = u64::try_from(chosen.len())?;
             if step.engine == Engine::Firecracker && !firecracker {
-                suite.skipped += count;
-                continue;
+                suite.skipped += u64::try_from(chosen.len())?;
+            } else {
+                suite.left.push((step, chosen));
             }
-            if chosen.is_empty() {
-                continue;
-            }
-            suite.planned += count;
-            if step.host > host {
-                host = step.host;
-                suite.job.push_str("modprobe kvm-amd\n");
-            }
-            suite.job.push_str(&step.line(&chosen));
         }
-        if suite.planned == 0 {
+        if suite.left() == 0 {
             bail!(
                 "no test has one of these in its name: {}",
                 filters.join(", ")
             );
         }
-        suite.job.push_str("exit $failed\n");
         Ok(suite)
+    }
+
+    /// How many tests have no result yet.
+    pub(super) fn left(&self) -> u64 {
+        self.left.iter().map(|(_, tests)| tests.len() as u64).sum()
+    }
+
+    /// The lab's job: the tests that have no result yet.
+    fn job(&self) -> String {
+        let mut job = include_str!("guest/suite.sh").to_owned();
+        let mut host = Host::WithoutKvm;
+        for (step, tests) in self.left.iter().filter(|(_, tests)| !tests.is_empty()) {
+            if step.host > host {
+                host = step.host;
+                // As on hosts that let every user have it.
+                job.push_str("modprobe kvm-amd\nchmod 666 /dev/kvm\n");
+            }
+            job.push_str(&step.line(tests));
+        }
+        job.push_str("exit $failed\n");
+        job
+    }
+
+    /// Takes in a line of what the job says.
+    pub(super) fn line(&mut self, line: &str) {
+        if let Some(name) = line.strip_prefix("     Running ") {
+            self.speaks = self.left.iter().position(|(step, _)| step.name == name);
+            return;
+        }
+        let result = line
+            .strip_prefix("test ")
+            .and_then(|rest| rest.split_once(" ... "));
+        let (Some((test, result)), Some(at)) = (result, self.speaks) else {
+            return;
+        };
+        let (_, tests) = &mut self.left[at];
+        let before = tests.len();
+        tests.retain(|known| known != test);
+        if tests.len() == before {
+            return;
+        }
+        if result.starts_with("ok") {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+        }
     }
 
     fn program(&self, name: &str) -> Result<&Path> {
@@ -176,11 +221,9 @@ impl Suite {
 
     /// Packs what the tests need: their programs, the product's, and the files of both.
     pub(super) fn pack(&self, cargo: &Cargo) -> Result<()> {
-        cargo.script("lab/job.sh", &self.job)?;
-        for name in STEPS.map(|step| step.program) {
-            if !cargo.has(&format!("tests/{name}")) {
-                cargo.link(&format!("tests/{name}"), self.program(name)?)?;
-            }
+        cargo.script("lab/job.sh", &self.job())?;
+        for name in TEST_PROGRAMS {
+            cargo.link(&format!("tests/{name}"), self.program(name)?)?;
         }
         for name in ["smolvm", "smolvm-keeper", "smolvm-agent"] {
             cargo.link(&format!("bin/{name}"), &run::program("debug", name))?;
@@ -292,11 +335,12 @@ fn choose_listed(list: &str, all: &[String]) -> Result<Vec<String>> {
     Ok(chosen)
 }
 
-/// Builds all tests, and with them the product's programs, as `cargo xtask check` does, so that
-/// nothing is built twice; and finds them.
+/// Builds what is tested and its tests, and finds those. Of the whole workspace, as `cargo xtask check`
+/// does, so that nothing is built twice.
 fn build() -> Result<BTreeMap<String, PathBuf>> {
     let built = run::cargo()
-        .args(["test", "--workspace", "--locked", "--no-run"])
+        .args(["build", "--workspace", "--locked", "--bins"])
+        .args(TEST_PROGRAMS.iter().flat_map(|name| ["--test", name]))
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
@@ -357,6 +401,37 @@ mod tests {
         assert!(error("+ life::").contains("net::open"));
         assert!(error("+ life::\n+ net::\n- disks:: # none").contains("disks::"));
         assert!(error("+ life::\n- net::").contains("REASON"));
+    }
+
+    #[test]
+    fn what_has_a_result_is_not_run_again() {
+        let mut suite = Suite {
+            left: vec![
+                (&STEPS[0], names(&["one", "two"])),
+                (&STEPS[2], names(&["one", "three", "four"])),
+            ],
+            speaks: None,
+            passed: 0,
+            failed: 0,
+            skipped: 0,
+            programs: BTreeMap::new(),
+        };
+        for line in [
+            "     Running probe, no KVM",
+            "test one ... ok <0.1s>",
+            "test two ... ok <0.1s>",
+            "     Running contract, QEMU",
+            "test three ... FAILED <1.2s>",
+            "test three ... ok <1.2s>",
+            "test unknown ... ok <1.2s>",
+            "test one has been running for over 60 seconds",
+        ] {
+            suite.line(line);
+        }
+        assert_eq!((suite.passed, suite.failed, suite.left()), (2, 1, 2));
+        let job = suite.job();
+        assert!(job.contains("'one' \\\n    'four'\n"), "{job}");
+        assert!(!job.contains("'two'") && !job.contains("no KVM"), "{job}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! End-to-end tests: the real programs, real machines, one module for each feature.
 
+mod accel;
 mod concurrency;
 mod copies;
 mod counts;

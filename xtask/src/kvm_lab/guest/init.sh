@@ -1,6 +1,7 @@
 #!/bin/bash
 # The lab's first process: makes an ordinary machine of it, runs the job, and switches it off. The
-# kernel speaks on the first serial port, the job on the second, and its exit code goes to the third.
+# kernel speaks on the first serial port, the job on the second, its exit code goes to the third, and a sign of
+# life to the fourth.
 export PATH=/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root USER=root LANG=C.UTF-8 TERM=${TERM:-linux} TMPDIR=/scratch/tmp
 
@@ -30,6 +31,8 @@ for module in tun vhost_vsock; do
 done
 stty -F /dev/ttyS1 raw
 stty -F /dev/ttyS2 raw
+stty -F /dev/ttyS3 raw
+while sleep 5; do echo; done >/dev/ttyS3 2>/dev/null &
 
 cd /scratch || exit
 if [ -e /cargo/lab/shell ]; then
