@@ -16,7 +16,7 @@ use crate::stream::Last;
 use crate::sys;
 use std::os::fd::AsFd;
 
-/// Replaced where the image has one (machine-id(5)); one that has none gets none.
+/// Replaced where the image has one (machine-id(5)), as the default image has; one that has none gets none.
 const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Changes each time the machine becomes another one.

@@ -10,7 +10,9 @@
 //! thing changed. A running machine keeps its files open, so removing a template takes nothing from
 //! it.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -78,6 +80,48 @@ struct Purpose {
     /// Whether the machine has a network device.
     #[serde(default)]
     nic: bool,
+}
+
+/// What is written down of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Description {
+    #[serde(flatten)]
+    ingredients: Ingredients,
+    /// Its files as they were when it was made, by name. Nobody writes to them afterwards.
+    files: BTreeMap<String, FileMark>,
+}
+
+/// What shows that a file was written to or replaced, without reading it (stat(2)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct FileMark {
+    inode: u64,
+    bytes: u64,
+    /// Nanoseconds since 1970.
+    modified_ns: i64,
+    changed_ns: i64,
+}
+
+/// The marks of a template's files that are there.
+fn marks(template: &SavedMachine) -> Result<BTreeMap<String, FileMark>> {
+    let mut marks = BTreeMap::new();
+    for path in [template.memory(), template.state(), template.disk()] {
+        let metadata = match std::fs::symlink_metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io(format!("could not look at {}", path.display()), error)),
+        };
+        let time =
+            |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
+        let mark = FileMark {
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            modified_ns: time(metadata.mtime(), metadata.mtime_nsec()),
+            changed_ns: time(metadata.ctime(), metadata.ctime_nsec()),
+        };
+        let name = path.file_name().unwrap_or_default();
+        marks.insert(name.to_string_lossy().into_owned(), mark);
+    }
+    Ok(marks)
 }
 
 /// The MAC address of templates, which never send: locally administered, and no guest's.
@@ -170,22 +214,26 @@ fn hash(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// The template of these ingredients, if it is there.
+/// The template of these ingredients, if it is there whole. One whose files were damaged is not: the next
+/// build takes its place.
 pub(crate) fn find(assets: &Assets<'_>, ingredients: &Ingredients) -> Result<Option<SavedMachine>> {
     let template = SavedMachine::new(ingredients.dir(&assets.layout.templates()));
-    match std::fs::read(description(&template)) {
-        Ok(bytes) => {
-            // The name is a hash; what it stands for is compared.
-            let same = serde_json::from_slice::<Ingredients>(&bytes)
-                .is_ok_and(|known| known == *ingredients);
-            Ok(same.then_some(template))
+    let bytes = match std::fs::read(description(&template)) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            return Err(io(
+                format!("could not read {}", description(&template).display()),
+                error,
+            ));
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(io(
-            format!("could not read {}", description(&template).display()),
-            error,
-        )),
-    }
+    };
+    let Ok(known) = serde_json::from_slice::<Description>(&bytes) else {
+        return Ok(None);
+    };
+    // The name is a hash; what it stands for is compared.
+    let whole = known.ingredients == *ingredients && known.files == marks(&template)?;
+    Ok(whole.then_some(template))
 }
 
 /// Told about a build, and able to end it.
@@ -342,7 +390,11 @@ fn build(
         .because(said.trim().to_owned()));
     }
     os.remove_file("remove the launch file", &file)?;
-    let text = serde_json::to_vec(ingredients).map_err(|error| {
+    let known = Description {
+        ingredients: ingredients.clone(),
+        files: marks(making)?,
+    };
+    let text = serde_json::to_vec(&known).map_err(|error| {
         Error::new(ErrorKind::Internal, "could not describe the template").because(error)
     })?;
     os.write_file_atomic(
@@ -423,6 +475,8 @@ struct Found {
     id: String,
     /// Absent if it cannot be read.
     ingredients: Option<Ingredients>,
+    /// Whether its files are other than they were made.
+    damaged: bool,
 }
 
 impl Engine {
@@ -475,6 +529,7 @@ impl Engine {
         let found = Found {
             id: ingredients.id(),
             ingredients: Some(ingredients),
+            damaged: false,
             dir: template.path().to_owned(),
         };
         Ok(BuiltTemplate {
@@ -563,12 +618,14 @@ impl Engine {
             let Some((_, id)) = name.split_once('-').filter(|_| !name.contains(MAKING)) else {
                 continue;
             };
-            let ingredients = std::fs::read(dir.join(DESCRIPTION))
+            let known = std::fs::read(dir.join(DESCRIPTION))
                 .ok()
-                .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+                .and_then(|bytes| serde_json::from_slice::<Description>(&bytes).ok());
+            let marks = marks(&SavedMachine::new(dir.clone()))?;
             found.push(Found {
                 id: id.to_owned(),
-                ingredients,
+                damaged: known.as_ref().is_some_and(|known| known.files != marks),
+                ingredients: known.map(|known| known.ingredients),
                 dir,
             });
         }
@@ -617,6 +674,9 @@ impl Engine {
         // Before anything is measured: after a boot nothing of it would be true.
         if known.boot != smolvm_host::process::boot_id()? {
             return stale("the host was started again");
+        }
+        if found.damaged {
+            return stale("its files were changed since it was made");
         }
         let images = store.images()?;
         let Some(image) = images.iter().find(|image| image.digest == purpose.image) else {
