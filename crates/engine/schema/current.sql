@@ -62,11 +62,13 @@ CREATE TABLE sandbox_networks (
     -- which they go.
     mode TEXT NOT NULL CHECK (mode IN ('tap', 'user')),
     -- As a number, so that the next free one can be found by counting.
-    address INTEGER NOT NULL UNIQUE CHECK (address BETWEEN 0 AND 4294967295),
+    address INTEGER NOT NULL CHECK (address BETWEEN 0 AND 4294967295),
     device TEXT NOT NULL UNIQUE CHECK (length(device) = 15),
     -- 48 random bits, new with every start: connections are known by them.
     run INTEGER NOT NULL
 ) STRICT;
+
+CREATE UNIQUE INDEX sandbox_networks_by_address ON sandbox_networks (address) WHERE mode = 'tap';
 
 CREATE TABLE host_facts (
     name TEXT PRIMARY KEY,

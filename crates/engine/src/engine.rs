@@ -11,9 +11,10 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_host::cancel::Cancel;
 use smolvm_host::kernel::Kernel;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::os::Os;
-use smolvm_host::packages::Programs;
+use smolvm_host::packages::{PASTA, Programs};
 use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
@@ -33,7 +34,7 @@ use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
 use crate::ssh;
-use crate::store::{OTHER_DIRECTORY, SandboxRow, State, Store};
+use crate::store::{NetworkMode, NetworkRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
 
@@ -86,6 +87,8 @@ pub struct SandboxInfo {
     pub network: NetworkSpec,
     /// Its address, while it runs with a network device.
     pub address: Option<Ipv4Addr>,
+    /// Where device and rules are, while it runs with a network device.
+    pub network_mode: Option<NetworkMode>,
     /// Time after each start at which it is destroyed.
     pub ttl: Option<Duration>,
     /// Engine of the last start.
@@ -242,16 +245,13 @@ impl Engine {
         };
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
         let networks = store.networks()?;
-        let address = |row: &SandboxRow| {
-            let own = networks.iter().find(|network| network.sandbox_id == row.id);
-            own.map(|network| network.address)
-        };
+        let own = |row: &SandboxRow| networks.iter().find(|own| own.sandbox_id == row.id);
         // Members of pools are nobody's yet, and what is being removed is nobody's any more.
         let visible = rows.into_iter().filter(|row| !row.spec.name.is_hidden());
         Ok(visible
             .map(|row| {
-                let address = address(&row);
-                self.describe(row, address)
+                let network = own(&row);
+                self.describe(row, network)
             })
             .collect())
     }
@@ -268,8 +268,8 @@ impl Engine {
         let row = visible(&store, name)?;
         let row = teardown::row_to_show(self.os(), self.layout(), &mut store, row)?
             .ok_or_else(|| unknown_sandbox(name))?;
-        let address = store.network(&row.id)?.map(|network| network.address);
-        Ok(self.describe(row, address))
+        let network = store.network(&row.id)?;
+        Ok(self.describe(row, network.as_ref()))
     }
 
     /// A name that is free at this moment.
@@ -350,7 +350,7 @@ impl Engine {
         Ok(row)
     }
 
-    fn describe(&self, row: SandboxRow, address: Option<Ipv4Addr>) -> SandboxInfo {
+    fn describe(&self, row: SandboxRow, network: Option<&NetworkRow>) -> SandboxInfo {
         let held = row.state.is_held();
         let pid = |identity: Option<ProcessIdentity>| {
             identity
@@ -376,7 +376,8 @@ impl Engine {
             workdir: row.spec.workdir,
             user: row.spec.user,
             network: row.spec.network,
-            address,
+            address: network.map(|own| own.address),
+            network_mode: network.map(|own| own.mode),
             ttl: row.spec.ttl,
             engine: row.engine,
             accel: row.accel,
@@ -519,7 +520,7 @@ impl Engine {
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
         if spec.network.needs_device() {
-            network::refuse_unprivileged()?;
+            self.network_mode()?;
         }
         self.create_with(spec, &self.kernel_for(spec)?)
     }
@@ -597,7 +598,7 @@ impl Engine {
             teardown::reconcile(self.os(), self.layout(), store)?;
         }
         // Before anything is made. Held until the row is written, which is what keeps it after that.
-        let held = ports::take_all(self.os(), store, &spec.ports)?;
+        let held = ports::take_all(self.os(), &HostSide::here(), store, &spec.ports)?;
         spec.ports = held.iter().map(|bound| bound.published).collect();
         // As they are read again.
         spec.ports.sort_by_key(|port| (port.host.port, port.host));
@@ -797,7 +798,11 @@ impl Engine {
         }
         let row = &row;
         // Its keeper takes them; that they can be taken is known before a machine is started.
-        drop(ports::bind_all(self.os(), &row.spec.ports)?);
+        drop(ports::bind_all(
+            self.os(),
+            &HostSide::here(),
+            &row.spec.ports,
+        )?);
         let nic = row.spec.network.needs_device() || beginning.nic;
         let facts = self.host_facts(store, row, nic)?;
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
@@ -908,12 +913,19 @@ impl Engine {
 
     /// Gives a run of a sandbox its address and its device's name, in a row.
     fn allocate_network(&self, store: &mut Store, row: &SandboxRow) -> Result<NetworkLaunch> {
-        network::refuse_unprivileged()?;
+        let mode = self.network_mode()?;
         // A run that was cut short may have left its own.
         network::release(self.os(), self.layout(), store, &row.id)?;
         let config = &self.config().network;
-        let own = network::allocate(store, &row.id, config, &BTreeSet::new())?;
-        NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)
+        let own = network::allocate(store, &row.id, mode, config, &BTreeSet::new())?;
+        let launch = NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)?;
+        Ok(NetworkLaunch {
+            uplink: match mode {
+                NetworkMode::Tap => None,
+                NetworkMode::User => Some(self.programs().find(PASTA)?),
+            },
+            ..launch
+        })
     }
 
     /// The facts for a machine, with a network device or without.

@@ -131,6 +131,37 @@ pub(crate) fn watch_socket(dir: &SandboxDir) -> std::io::Result<OwnedFd> {
     }
 }
 
+/// Has a keeper find out whether this user may have networks of its own.
+///
+/// # Errors
+///
+/// What it found.
+pub(crate) fn try_network(keeper: &Path) -> Result<()> {
+    let doing = || format!("could not ask the keeper {}", keeper.display());
+    let output = Command::new(keeper)
+        .arg("--try-network")
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .map_err(|error| io(doing(), error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    // What was found, and what to do.
+    let said = String::from_utf8_lossy(&output.stdout);
+    match said.split_once('\n') {
+        Some((why, hint)) => {
+            Err(Error::new(ErrorKind::PermissionDenied, why).hint(hint.trim_end()))
+        }
+        None => Err(Error::new(
+            ErrorKind::Internal,
+            format!("{}: it ended with {}", doing(), output.status),
+        )),
+    }
+}
+
 /// Starts a keeper. It inherits the listening socket as standard input, the sandbox's lock as
 /// standard output and its log as standard error: no descriptor has to be smuggled past exec.
 pub(crate) fn spawn(

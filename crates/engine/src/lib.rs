@@ -94,5 +94,5 @@ pub use spec::{
     SandboxSpec, check_env,
 };
 pub use ssh::{SshAccess, SshSpec};
-pub use store::State;
+pub use store::{NetworkMode, State};
 pub use templates::{BuiltTemplate, TemplateInfo, TemplateShape};

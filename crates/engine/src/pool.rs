@@ -303,6 +303,9 @@ impl Engine {
     /// not start for. The pool stays, with the members it has.
     pub async fn set_pool(&self, spec: &PoolSpec, ready: &mut dyn FnMut(u32)) -> Result<()> {
         spec.check()?;
+        if spec.nic && spec.size > 0 {
+            self.network_mode()?;
+        }
         let mut store = self.store()?;
         let Some(image) = store.image(&spec.image)? else {
             return Err(unknown_image(&spec.image));

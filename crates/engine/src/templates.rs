@@ -510,9 +510,12 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<BuiltTemplate> {
         spec.check()?;
+        let nic = spec.network.needs_device();
+        if nic {
+            self.network_mode()?;
+        }
         let mut store = self.store()?;
         let row = self.unmade_row(&store, spec)?;
-        let nic = spec.network.needs_device();
         let facts = self.host_facts(&mut store, &row, nic)?;
         if let Some(reason) = self.why_no_template(&row, &facts) {
             return Err(Error::new(

@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -24,6 +25,7 @@ use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
 use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort};
 use smolvm_host::ProcessIdentity;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{
@@ -174,6 +176,8 @@ pub(crate) struct Driver {
     ttl: Option<Instant>,
     vmm_us: u64,
     pub(crate) vm: Box<dyn Vm>,
+    /// Where the host's network is, and so its ports.
+    pub(crate) host: Arc<HostSide>,
     pub(crate) network: Option<Network>,
     pub(crate) guest: Outgoing,
     guest_writing: JoinHandle<()>,
@@ -199,15 +203,28 @@ pub(crate) struct Driver {
     pub(crate) inbox: mpsc::Sender<Input>,
 }
 
+/// What a sandbox has outside its machine.
+#[derive(Debug)]
+pub(crate) struct Outside {
+    /// Where the host's network is.
+    pub(crate) host: Arc<HostSide>,
+    pub(crate) network: Option<Network>,
+    pub(crate) ports: Vec<Bound>,
+}
+
 /// Owns a machine that was just started, until it is off.
 pub(crate) async fn run(
     launch: Launch,
     begun: Instant,
     started: Started,
-    network: Option<Network>,
+    outside: Outside,
     listener: StdUnixListener,
-    ports: Vec<Bound>,
 ) -> Result<(), KeeperError> {
+    let Outside {
+        host,
+        network,
+        ports,
+    } = outside;
     let Started {
         mut vm,
         channel,
@@ -269,6 +286,7 @@ pub(crate) async fn run(
         ttl: None,
         vmm_us,
         vm,
+        host,
         network,
         guest,
         guest_writing,
@@ -557,7 +575,14 @@ impl Driver {
         }
         // Before anybody hears that it serves, so that it can be entered at once.
         let line = Line::new(&self.launch.name, self.inbox.clone());
-        match ssh::listen(&self.layout, &mut self.store, &self.launch, line) {
+        let listener = ssh::listen(
+            &self.layout,
+            &self.host,
+            &mut self.store,
+            &self.launch,
+            line,
+        );
+        match listener {
             Ok(listener) => self.ssh = listener,
             // The sandbox is of use without it.
             Err(error) => tracing::error!("SSH is not served: {}", error.chain()),
@@ -714,7 +739,7 @@ impl Driver {
         };
         ports::check_room(self.ports.count())?;
         let wanted = [ports::published(mapping)?];
-        let bound = ports::take_all(&Os::new(), &self.store, &wanted)?;
+        let bound = ports::take_all(&Os::new(), &self.host, &self.store, &wanted)?;
         let published = bound[0].published;
         self.store.insert_port(&self.launch.id, &published)?;
         self.ports.hold(bound);

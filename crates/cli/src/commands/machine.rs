@@ -227,6 +227,10 @@ impl Machine {
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
+        if spec.network.needs_device() {
+            // Before anything is pulled or built for it.
+            engine.network_mode()?;
+        }
         Ok(spec)
     }
 

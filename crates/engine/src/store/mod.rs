@@ -37,6 +37,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0004_network.sql"),
     include_str!("../../schema/0005_oci.sql"),
     include_str!("../../schema/0006_ssh.sql"),
+    include_str!("../../schema/0009_user_network.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.
