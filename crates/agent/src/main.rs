@@ -43,6 +43,7 @@ mod shutdown;
 mod stream;
 mod sys;
 mod users;
+mod volumes;
 mod workers;
 
 use std::ffi::OsString;

@@ -58,6 +58,7 @@ pub mod ssh;
 pub mod store;
 pub mod teardown;
 mod templates;
+mod volumes;
 
 pub use assets::{Progress, Watcher};
 pub use commit::{CommitOptions, Committed};
@@ -96,3 +97,4 @@ pub use spec::{
 pub use ssh::{SshAccess, SshSpec};
 pub use store::State;
 pub use templates::{BuiltTemplate, TemplateInfo, TemplateShape};
+pub use volumes::{VOLUMES_MAX, VolumeInfo, VolumeLaunch, VolumeUse, VolumeUser};

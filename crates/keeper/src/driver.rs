@@ -22,7 +22,7 @@ use smolvm_engine::layout::Layout;
 use smolvm_engine::ports::{self, Bound};
 use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
-use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort};
+use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort, VolumeLaunch};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
@@ -30,7 +30,7 @@ use smolvm_proto::keeper::{
     CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, PortMapping,
     PortPlace, Ready, StopRequest,
 };
-use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest};
+use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest, Volume};
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Frame, Kind};
 use smolvm_vmm::{Accel, Exit, Vm};
@@ -197,6 +197,8 @@ pub(crate) struct Driver {
     waiting_destroy: Vec<Waiter>,
     pub(crate) ports: Ports,
     pub(crate) inbox: mpsc::Sender<Input>,
+    /// Set once it is to be removed as soon as its guest has written to its volumes what it has for them.
+    doomed: Option<&'static str>,
 }
 
 /// Owns a machine that was just started, until it is off.
@@ -294,6 +296,7 @@ pub(crate) async fn run(
         ports: Ports::new(&launch.name, inbox.clone(), ports),
         inbox,
         launch,
+        doomed: None,
     };
     let ended = greeting.and_then(|frame| driver.hear_hello(&frame));
     let end = match ended {
@@ -359,10 +362,56 @@ impl Driver {
                     self.stop(u64::try_from(TERM_GRACE.as_millis()).unwrap_or(0)).await
                 }
             };
-            if let Some(end) = end {
-                return end;
+            match end {
+                None => {}
+                Some(End::Destroy { why }) if self.writes_first(why).await => {}
+                Some(End::Stopped { forced }) => {
+                    return match self.doomed {
+                        Some(why) => End::Destroy { why },
+                        None => End::Stopped { forced },
+                    };
+                }
+                Some(end) => return end,
             }
         }
+    }
+
+    /// Whether the sandbox is not to go before its guest has written to its volumes what it has for them.
+    /// A guest that serves is then asked to go down at once, and has a bounded time for that.
+    async fn writes_first(&mut self, why: &'static str) -> bool {
+        if self.doomed.is_some() {
+            return true;
+        }
+        if !self.launch.writes_to_volumes() {
+            return false;
+        }
+        match &mut self.phase {
+            Phase::Serving(_) => {
+                if self.move_on().await.is_err() {
+                    return false;
+                }
+                self.ask_to_go_down(0);
+            }
+            Phase::Stopping { deadline } => {
+                *deadline = (*deadline).min(Instant::now() + SYNC_TIME);
+            }
+            Phase::Booting { .. } | Phase::Warming { .. } | Phase::Parked(_) => return false,
+        }
+        self.ttl = None;
+        self.doomed = Some(why);
+        true
+    }
+
+    /// Asks the guest to go down, with so many milliseconds for its processes.
+    fn ask_to_go_down(&mut self, grace_ms: u64) {
+        self.guest.send(Frame::message(
+            SHUTDOWN_STREAM,
+            Kind::Open,
+            &Request::Shutdown(ShutdownRequest { grace_ms }),
+        ));
+        self.phase = Phase::Stopping {
+            deadline: Instant::now() + Duration::from_millis(grace_ms) + SYNC_TIME,
+        };
     }
 
     fn welcome(&mut self, socket: StdUnixStream) {
@@ -498,6 +547,8 @@ impl Driver {
                 Some(network) if !same => Some(network.told()),
                 _ => None,
             },
+            volumes: (!same && !self.launch.volumes.is_empty())
+                .then(|| self.launch.volumes.iter().map(volume).collect()),
         })
     }
 
@@ -759,14 +810,7 @@ impl Driver {
         if let Err(error) = recorded {
             tracing::warn!(%error, "could not record the stop");
         }
-        self.guest.send(Frame::message(
-            SHUTDOWN_STREAM,
-            Kind::Open,
-            &Request::Shutdown(ShutdownRequest { grace_ms }),
-        ));
-        self.phase = Phase::Stopping {
-            deadline: Instant::now() + Duration::from_millis(grace_ms) + SYNC_TIME,
-        };
+        self.ask_to_go_down(grace_ms);
         None
     }
 
@@ -1057,6 +1101,16 @@ pub(crate) fn watch_starter(
         })
         .map(|_| ())
         .map_err(|error| KeeperError::io("watch the process that started the sandbox", error))
+}
+
+/// A volume as the guest is told of it.
+fn volume(launch: &VolumeLaunch) -> Volume {
+    Volume {
+        device: launch.device.clone(),
+        bytes: launch.bytes,
+        target: launch.target.clone().into_bytes().into(),
+        read_only: launch.read_only,
+    }
 }
 
 pub(crate) fn failure(message: String, console: Vec<String>) -> KeeperEvent {

@@ -232,6 +232,26 @@ pub struct Birth {
     /// What its network device is to be. The device is left alone if absent; there may be none.
     #[n(7)]
     pub network: Option<Network>,
+    /// Disks to mount before anything else happens. None if absent.
+    #[n(8)]
+    pub volumes: Option<Vec<Volume>>,
+}
+
+/// A disk that is mounted beside the root file system.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Volume {
+    /// The device, such as `/dev/vdc`.
+    #[n(0)]
+    pub device: String,
+    /// Bytes of it. A machine that was saved with another disk in its place finds out.
+    #[n(1)]
+    pub bytes: u64,
+    /// Absolute path of its mount point, which is made.
+    #[n(2)]
+    pub target: ByteVec,
+    /// Whether it is only read.
+    #[n(3)]
+    pub read_only: bool,
 }
 
 /// The one network device of a machine: a link to its host and nobody else.

@@ -17,7 +17,7 @@ use smolvm_proto::keeper::{
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
     ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Program, Request,
-    ShutdownRequest, Started, WindowSize,
+    ShutdownRequest, Started, Volume, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -176,6 +176,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         user: Some("nobody".to_owned()),
         same: None,
         network: None,
+        volumes: None,
     };
     let network = Network {
         address: [172, 16, 0, 2].into(),
@@ -237,6 +238,15 @@ fn requests() -> Vec<(&'static str, Request)> {
             network: Some(network),
             ..birth.clone()
         }),
+        Request::Birth(Birth {
+            volumes: Some(vec![Volume {
+                device: "/dev/vdc".to_owned(),
+                bytes: 1 << 30,
+                target: bytes("/srv"),
+                read_only: true,
+            }]),
+            ..birth.clone()
+        }),
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
@@ -272,6 +282,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::List(_) => "request.list",
         Request::Facts => "request.facts",
         Request::Birth(birth) if birth.same.is_some() => "request.birth.same",
+        Request::Birth(birth) if birth.volumes.is_some() => "request.birth.volumes",
         Request::Birth(birth) if birth.network.is_some() => "request.birth.network",
         Request::Birth(birth) if birth.user.is_some() => "request.birth.full",
         Request::Birth(_) => "request.birth.bare",
@@ -746,7 +757,7 @@ fn a_field_this_version_does_not_know_is_skipped() {
     for (_, request) in requests() {
         match request {
             Request::Exec(exec) if exec.program.is_some() => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.network.is_some() => skips_a_field_more(&birth),
+            Request::Birth(birth) if birth.volumes.is_some() => skips_a_field_more(&birth),
             Request::Extract(extract) if extract.file.is_some() => skips_a_field_more(&extract),
             _ => {}
         }

@@ -34,6 +34,7 @@ pub(crate) mod start;
 pub(crate) mod stop;
 mod tally;
 pub(crate) mod template;
+pub(crate) mod volume;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -45,7 +46,7 @@ use smolvm_engine::Engine;
 
 use crate::args::{
     BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, NetworkCommand,
-    PoolCommand, PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand,
+    PoolCommand, PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand, VolumeCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -246,6 +247,14 @@ fn verb(command: Command) -> (&'static str, Verb) {
             Some(TemplateCommand::Ls(args)) => verb!("template.ls", template::list, args),
             Some(TemplateCommand::Rm(args)) => verb!("template.rm", template::remove, args),
             None => ("template", Verb::Help(&["template"])),
+        },
+        Command::Volume(group) => match group.command {
+            Some(VolumeCommand::Create(args)) => verb!("volume.create", volume::create, args),
+            Some(VolumeCommand::List(args)) => verb!("volume.list", volume::list, args),
+            Some(VolumeCommand::Inspect(args)) => verb!("volume.inspect", volume::inspect, args),
+            Some(VolumeCommand::Delete(args)) => verb!("volume.delete", volume::delete, args),
+            Some(VolumeCommand::Prune(args)) => verb!("volume.prune", volume::prune, args),
+            None => ("volume", Verb::Help(&["volume"])),
         },
         Command::Doctor(args) => verb!("doctor", doctor::run, args),
         Command::Setup(args) => verb!("setup", setup::run, args),

@@ -23,3 +23,4 @@ mod templates;
 mod trouble;
 mod ttl;
 mod unprivileged;
+mod volumes;
