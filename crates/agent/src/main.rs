@@ -31,6 +31,7 @@ mod extract;
 mod facts;
 mod failure;
 mod files;
+mod grow;
 mod init;
 mod list;
 mod listen;

@@ -8,8 +8,8 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, network, pause, pool, port, prune, run, setup, shell, snapshot, ssh, start, stop,
-    template, volume,
+    list, logs, network, pause, pool, port, prune, resize, run, setup, shell, snapshot, ssh, start,
+    stop, template, volume,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -191,6 +191,8 @@ pub(crate) enum SandboxCommand {
     SshConfig(ssh::ConfigArgs),
     /// Show the console of a sandbox
     Logs(logs::Args),
+    /// Make the disk of a sandbox larger
+    Resize(resize::Args),
     /// Make an image of a running sandbox
     Commit(commit::Args),
     /// Remove what nothing needs any more: leftovers of crashes, stale templates

@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 76] = [
+const COMMANDS: [&str; 77] = [
     "",
     "run",
     "create",
@@ -29,6 +29,7 @@ const COMMANDS: [&str; 76] = [
     "sandbox list",
     "sandbox delete",
     "sandbox exec",
+    "sandbox resize",
     "sandbox prune",
     "computer",
     "file",

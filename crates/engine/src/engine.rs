@@ -29,6 +29,7 @@ use crate::names;
 use crate::network::{self, NetworkLaunch, NetworkSpec};
 use crate::plan::{self, HostFacts, Layer};
 use crate::ports::{self, PublishedPort};
+use crate::resize;
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
@@ -799,10 +800,11 @@ impl Engine {
             .create_dir_all("make the sandbox's directory", dir.path())?;
         // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
-        // Read again: until the lock was there, others could change which ports there are.
+        // Read again: until the lock was there, others could change its ports and its disk.
         let mut row = row.clone();
         if let Some(now) = store.sandbox(&row.id)? {
             row.spec.ports = now.spec.ports;
+            row.spec.disk_mib = now.spec.disk_mib;
         }
         let row = &row;
         // Its keeper takes them; that they can be taken is known before a machine is started.
@@ -813,6 +815,10 @@ impl Engine {
         let volumes = self.volume_launches(store, row)?;
         let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
         let layer = plan::layer(row, self.layout());
+        if let (Layer::File(path), DiskMode::Isolated) = (&layer, row.spec.disk_mode) {
+            // One that was to be made larger may not have been.
+            resize::grow_file(self.os(), path, row.spec.disk_mib)?;
+        }
         let fresh = match &layer {
             Layer::File(path) => !path.exists(),
             Layer::Memory => true,

@@ -27,8 +27,8 @@ use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{
-    CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, PortMapping,
-    PortPlace, Ready, StopRequest,
+    CaptureRequest, Done, GrowDiskRequest, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest,
+    PortMapping, PortPlace, Ready, StopRequest,
 };
 use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest, Volume};
 use smolvm_proto::version::{Hello, negotiate};
@@ -741,6 +741,11 @@ impl Driver {
                 self.answer_done(waiter, set);
                 None
             }
+            KeeperRequest::GrowDisk(GrowDiskRequest { disk_mib }) => {
+                let grown = self.grow_disk(disk_mib).await;
+                self.answer_done(waiter, grown);
+                None
+            }
             KeeperRequest::WriteDenied => {
                 let path = self.layout.sandbox(&self.launch.id).denied();
                 let written = match &self.network {
@@ -751,6 +756,41 @@ impl Driver {
                 None
             }
         }
+    }
+
+    /// Records the new size of the sandbox's own disk, and makes it that large.
+    async fn grow_disk(&mut self, disk_mib: u32) -> smolvm_engine::Result<()> {
+        let name = &self.launch.name;
+        let serves = matches!(self.phase, Phase::Serving(_));
+        if !serves || !matches!(self.motion, Motion::Moving) {
+            let what = format!("sandbox `{name}` is paused, going down, or a pool's");
+            return Err(smolvm_engine::Error::new(ErrorKind::Busy, what));
+        }
+        let own = self.layout.sandbox(&self.launch.id).disk();
+        let found = self
+            .launch
+            .vm
+            .disks
+            .iter()
+            .position(|disk| disk.path == own);
+        let (Some(index), Some(row)) = (found, self.store.sandbox(&self.launch.id)?) else {
+            let what = format!("sandbox `{name}` has no disk of its own");
+            return Err(smolvm_engine::Error::new(ErrorKind::Unsupported, what));
+        };
+        smolvm_engine::check_size(&row.spec.name, row.spec.disk_mib, disk_mib)?;
+        self.store.set_disk_mib(&self.launch.id, disk_mib)?;
+        self.vm
+            .grow_disk(index, u64::from(disk_mib) << 20)
+            .await
+            .map_err(|error| {
+                let what = format!(
+                    "could not make the disk of sandbox `{}` larger",
+                    row.spec.name
+                );
+                smolvm_engine::Error::new(ErrorKind::Internal, what)
+                    .because(KeeperError::from(error).chain())
+                    .hint("it has the new size after its next start")
+            })
     }
 
     /// Takes a port and records it; it is served at once, or as soon as the guest serves.

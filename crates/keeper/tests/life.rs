@@ -30,7 +30,9 @@ async fn life(engine: &Engine) -> Result<()> {
     let (session, _) = engine.start("a").await?;
     assert_eq!(output(&session, &["hello"]).await?, "hello");
     engine.unpublish("a", &published.host).await?;
+    engine.grow_disk("a", 5000).await?;
     engine.stop("a", Duration::from_secs(5)).await?;
+    engine.grow_disk("a", 6000).await?;
     let (session, _) = engine.start("a").await?;
     assert_eq!(output(&session, &["again"]).await?, "again");
     engine.delete("a").await

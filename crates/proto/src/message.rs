@@ -56,6 +56,10 @@ pub enum Request {
     /// datagrams both ways, until the host ends the input: [`Event::Done`].
     #[n(11)]
     Datagrams(#[n(0)] DatagramsRequest),
+    /// Makes the writable layer's file system as large as its disk, which has been made larger:
+    /// [`Event::Done`].
+    #[n(12)]
+    Grow(#[n(0)] GrowRequest),
 }
 
 /// A command to run.
@@ -272,6 +276,14 @@ pub struct Network {
     /// The name server.
     #[n(4)]
     pub name_server: ByteArray<4>,
+}
+
+/// A disk that was made larger.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct GrowRequest {
+    /// Bytes the disk has now. The guest's kernel may learn of it a moment later.
+    #[n(0)]
+    pub bytes: u64,
 }
 
 /// How to go down.

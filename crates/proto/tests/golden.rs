@@ -11,13 +11,14 @@ use std::fmt::{Debug, Write as _};
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 use smolvm_proto::keeper::{
-    CaptureRequest, Captured, ClaimRequest, Done, KeeperEvent, KeeperFailure, KeeperReason,
-    KeeperRequest, NetworkPolicy, PortMapping, PortPlace, Ready, Starter, StopRequest,
+    CaptureRequest, Captured, ClaimRequest, Done, GrowDiskRequest, KeeperEvent, KeeperFailure,
+    KeeperReason, KeeperRequest, NetworkPolicy, PortMapping, PortPlace, Ready, Starter,
+    StopRequest,
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
-    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Program, Request,
-    ShutdownRequest, Started, Volume, WindowSize,
+    ExtractRequest, Facts, Failure, FailureKind, GrowRequest, ListRequest, Network, Program,
+    Request, ShutdownRequest, Started, Volume, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -268,6 +269,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         }),
         Request::Accept(AcceptRequest { connection: 7 }),
         Request::Datagrams(DatagramsRequest { to: internet() }),
+        Request::Grow(GrowRequest { bytes: 8 << 30 }),
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
@@ -294,6 +296,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Listen(_) => "request.listen",
         Request::Accept(_) => "request.accept",
         Request::Datagrams(_) => "request.datagrams",
+        Request::Grow(_) => "request.grow",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }
@@ -461,6 +464,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Claim(_) => "keeper-request.claim.bare",
         KeeperRequest::SetNetwork(_) => "keeper-request.set-network",
         KeeperRequest::WriteDenied => "keeper-request.write-denied",
+        KeeperRequest::GrowDisk(_) => "keeper-request.grow-disk",
     };
     let policy = NetworkPolicy {
         reach: "listed".to_owned(),
@@ -495,6 +499,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         }),
         KeeperRequest::SetNetwork(policy),
         KeeperRequest::WriteDenied,
+        KeeperRequest::GrowDisk(GrowDiskRequest { disk_mib: 8192 }),
         KeeperRequest::Claim(ClaimRequest {
             env: vec![env("LANG", "C.UTF-8")],
             cwd: Some("/srv".to_owned()),

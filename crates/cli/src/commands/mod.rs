@@ -25,6 +25,7 @@ pub(crate) mod pause;
 pub(crate) mod pool;
 pub(crate) mod port;
 pub(crate) mod prune;
+pub(crate) mod resize;
 pub(crate) mod run;
 pub(crate) mod setup;
 pub(crate) mod shell;
@@ -285,6 +286,7 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
             verb!("sandbox.ssh-config", ssh::config, args)
         }
         SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
+        SandboxCommand::Resize(args) => verb!("sandbox.resize", resize::run, args),
         SandboxCommand::Commit(args) => verb!("sandbox.commit", commit::run, args),
         SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
         SandboxCommand::File(group) => file(group.command),

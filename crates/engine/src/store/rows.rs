@@ -506,6 +506,15 @@ impl Store {
             .map_err(|error| sql(format!("could not record the processes of sandbox {id}"), error))
     }
 
+    /// Records the size of a sandbox's writable layer.
+    pub fn set_disk_mib(&mut self, id: &str, disk_mib: u32) -> Result<()> {
+        self.connection
+            .prepare_cached("UPDATE sandboxes SET disk_mib = ?2 WHERE id = ?1")
+            .and_then(|mut statement| statement.execute(params![id, disk_mib]))
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not record the disk of sandbox {id}"), error))
+    }
+
     /// Removes a sandbox's row. Idempotent.
     pub fn delete_sandbox(&mut self, id: &str) -> Result<()> {
         self.in_any_case(|connection| {
