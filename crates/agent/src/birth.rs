@@ -14,6 +14,7 @@ use crate::network;
 use crate::serve::Agent;
 use crate::stream::Last;
 use crate::sys;
+use crate::volumes;
 use std::os::fd::AsFd;
 
 /// Replaced where the image has one (machine-id(5)), as the default image has; one that has none gets none.
@@ -38,6 +39,9 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
         }
         if let Some(network) = &request.network {
             network::configure(network)?;
+        }
+        if let Some(volumes) = &request.volumes {
+            volumes::mount_all(volumes)?;
         }
     }
     agent.set_defaults(Defaults {

@@ -30,6 +30,7 @@ use crate::names;
 use crate::network::{self, NetworkLaunch, NetworkSpec};
 use crate::plan::{self, HostFacts, Layer};
 use crate::ports::{self, PublishedPort};
+use crate::resize;
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
@@ -37,6 +38,7 @@ use crate::ssh;
 use crate::store::{NetworkMode, NetworkRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
+use crate::volumes::VolumeUse;
 
 /// The library's entry. Cheap to clone; touches nothing on disk until something is written.
 #[derive(Debug, Clone)]
@@ -113,6 +115,8 @@ pub struct SandboxInfo {
     pub disk_used_bytes: Option<u64>,
     /// Ports of the host that lead to it, while it runs, by number.
     pub ports: Vec<PublishedPort>,
+    /// Volumes that are mounted in it.
+    pub volumes: Vec<VolumeUse>,
 }
 
 /// An image in the store.
@@ -390,6 +394,7 @@ impl Engine {
             ssh_port: row.ssh_port,
             disk_used_bytes,
             ports: row.spec.ports,
+            volumes: row.spec.volumes,
         }
     }
 
@@ -515,7 +520,7 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is,
-    /// [`ErrorKind::NotFound`] for an unknown image or a kernel that was not built,
+    /// [`ErrorKind::NotFound`] for an unknown image or volume or a kernel that was not built,
     /// [`ErrorKind::InvalidInput`]. Nothing remains after an error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
@@ -668,7 +673,8 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::GuestFailed`] with the last console lines if the guest does not come up,
-    /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk,
+    /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk, or has one of its volumes while
+    /// one of the two writes to it,
     /// [`ErrorKind::MissingDependency`]. The sandbox is then off, and can be started again.
     pub async fn start(&self, name: &str) -> Result<(Session, StartTimes)> {
         visible(&self.store()?, name)?;
@@ -704,6 +710,10 @@ impl Engine {
                     );
                 }
                 State::Created | State::Stopped | State::Error => {}
+            }
+            if !row.spec.volumes.is_empty() {
+                // What a crash left must not keep its volumes.
+                teardown::reconcile(self.os(), self.layout(), &mut store)?;
             }
             let won = store.begin_start(
                 &row.id,
@@ -791,10 +801,11 @@ impl Engine {
             .create_dir_all("make the sandbox's directory", dir.path())?;
         // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
-        // Read again: until the lock was there, others could change which ports there are.
+        // Read again: until the lock was there, others could change its ports and its disk.
         let mut row = row.clone();
         if let Some(now) = store.sandbox(&row.id)? {
             row.spec.ports = now.spec.ports;
+            row.spec.disk_mib = now.spec.disk_mib;
         }
         let row = &row;
         // Its keeper takes them; that they can be taken is known before a machine is started.
@@ -806,8 +817,13 @@ impl Engine {
         let nic = row.spec.network.needs_device() || beginning.nic;
         let facts = self.host_facts(store, row, nic)?;
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
-        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network);
+        let volumes = self.volume_launches(store, row)?;
+        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
         let layer = plan::layer(row, self.layout());
+        if let (Layer::File(path), DiskMode::Isolated) = (&layer, row.spec.disk_mode) {
+            // One that was to be made larger may not have been.
+            resize::grow_file(self.os(), path, row.spec.disk_mib)?;
+        }
         let fresh = match &layer {
             Layer::File(path) => !path.exists(),
             Layer::Memory => true,
@@ -1189,6 +1205,19 @@ impl Engine {
             if !dry_run {
                 self.os()
                     .remove_tree("remove the leftover", &entry.path())?;
+            }
+        }
+        if !dry_run {
+            self.reconcile_volumes(&mut store)?;
+        }
+        for path in self.stray_volumes(&store)? {
+            pruned.push(Pruned {
+                kind: "leftover",
+                name: path.display().to_string(),
+                bytes: used_below(&path),
+            });
+            if !dry_run {
+                self.os().remove_tree("remove the leftover", &path)?;
             }
         }
         for (id, dir) in self.unused_templates(&mut store)? {

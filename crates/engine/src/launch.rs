@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::{SOCKET_NAME, SandboxDir};
 use crate::network::NetworkLaunch;
 use crate::ports::PublishedPort;
+use crate::volumes::VolumeLaunch;
 
 /// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
 /// starts; made anew at each start.
@@ -55,6 +56,8 @@ pub struct Launch {
     /// Ports of the host of which it is given one to be reached by SSH, if it has none yet.
     #[serde(with = "crate::settings::as_text")]
     pub ssh_ports: PortRange,
+    /// Its volumes, whose disks are the last of the machine's, in this order.
+    pub volumes: Vec<VolumeLaunch>,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.
@@ -81,6 +84,12 @@ pub struct WarmCommand {
 }
 
 impl Launch {
+    /// Whether it writes to a disk that outlives it.
+    #[must_use]
+    pub fn writes_to_volumes(&self) -> bool {
+        self.volumes.iter().any(|volume| !volume.read_only)
+    }
+
     /// Reads what [`Launch`] was written to `path`.
     pub fn read(path: &Path) -> Result<Self> {
         let doing = || format!("could not read the launch file {}", path.display());

@@ -178,6 +178,10 @@ impl Engine {
     pub async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
         let begun = Instant::now();
         spec.check()?;
+        // Its disks are a machine's from its beginning, and no member has any.
+        if !spec.volumes.is_empty() {
+            return Ok(None);
+        }
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(None);
         };

@@ -779,6 +779,15 @@ fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
             "create it with --disk-mode isolated",
         );
     }
+    if let Some(volume) = row.spec.volumes.first() {
+        return refuse(
+            &format!(
+                "it has volume `{}`, which a copy can neither share nor have as it was",
+                volume.name
+            ),
+            "copy what is in the volume by `smolvm cp`, or create it without --volume",
+        );
+    }
     if row.accel.as_deref() == Some("kvm") {
         return refuse(
             "copying machines is not proven on hardware virtualization yet",

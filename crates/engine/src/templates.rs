@@ -32,6 +32,7 @@ use crate::layout::SavedMachine;
 use crate::plan::{self, HostFacts};
 use crate::spec::{DiskMode, SandboxSpec};
 use crate::store::{SandboxRow, State, Store};
+use crate::volumes::VolumeLaunch;
 
 /// What a template is made of. Two sandboxes with equal ingredients may start from one template.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -80,6 +81,10 @@ struct Purpose {
     /// Whether the machine has a network device.
     #[serde(default)]
     nic: bool,
+    /// For each volume whether it is only read. What is in one, and how large it is, a machine learns
+    /// at its birth.
+    #[serde(default)]
+    volumes: Vec<bool>,
 }
 
 /// What is written down of a template.
@@ -152,6 +157,11 @@ impl Ingredients {
                 memory_mib: vm.memory_mib,
                 disk_mib: (row.spec.disk_mode != DiskMode::Memory).then_some(row.spec.disk_mib),
                 nic: vm.nic.is_some(),
+                volumes: launch
+                    .volumes
+                    .iter()
+                    .map(|volume| volume.read_only)
+                    .collect(),
             },
             boot: smolvm_host::process::boot_id()?,
             cpu: facts::cpu()?,
@@ -329,13 +339,19 @@ fn build(
         os.copy_sparse("make the template's disk", &empty, &making.disk())?;
     }
     let plan = Launch {
-        vm: template_plan(&launch.vm, making),
+        vm: template_plan(launch, making),
         snapshot: Some(making.state()),
         ports: Vec::new(),
         // Its device leads nowhere, so it needs nothing of the host's network.
         network: None,
         ..launch.clone()
     };
+    let slots = &plan.vm.disks[plan.vm.disks.len() - plan.volumes.len()..];
+    for slot in slots {
+        let doing = "make the place of a volume";
+        let disk = os.create_file(doing, &slot.path, 0o600)?;
+        os.effect(doing, &slot.path, || disk.set_len(SLOT_BYTES))?;
+    }
     let file = making.path().join("launch.json");
     let text = serde_json::to_vec(&plan).map_err(|error| {
         Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
@@ -390,6 +406,9 @@ fn build(
         .because(said.trim().to_owned()));
     }
     os.remove_file("remove the launch file", &file)?;
+    for slot in slots {
+        os.remove_file("remove the place of a volume", &slot.path)?;
+    }
     let known = Description {
         ingredients: ingredients.clone(),
         files: marks(making)?,
@@ -407,8 +426,13 @@ fn build(
     Ok(())
 }
 
+/// Size of the disks that are in the place of volumes while a template is made.
+const SLOT_BYTES: u64 = 1 << 20;
+
 /// The machine of a template: that of the sandbox with the template's own files.
-fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
+fn template_plan(launch: &Launch, making: &SavedMachine) -> VmPlan {
+    let vm = &launch.vm;
+    let volumes = launch.volumes.len();
     let mut vm = VmPlan {
         name: "smolvm-template".to_owned(),
         memory: Memory::File(making.memory()),
@@ -418,8 +442,12 @@ fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
     if let Some(nic) = &mut vm.nic {
         *nic = NicPlan { mac: TEMPLATE_MAC };
     }
-    for disk in vm.disks.iter_mut().filter(|disk| !disk.read_only) {
+    let own = vm.disks.len() - volumes;
+    for disk in vm.disks[..own].iter_mut().filter(|disk| !disk.read_only) {
         disk.path = making.disk();
+    }
+    for (number, disk) in vm.disks[own..].iter_mut().enumerate() {
+        disk.path = making.path().join(format!("volume-{number}"));
     }
     vm
 }
@@ -458,6 +486,8 @@ pub struct TemplateShape {
     pub disk_mib: Option<u32>,
     /// Whether it has a network device.
     pub nic: bool,
+    /// How many volumes it has room for.
+    pub volumes: usize,
 }
 
 /// A template that was asked for.
@@ -524,7 +554,7 @@ impl Engine {
             )
             .because(reason));
         }
-        let launch = self.template_launch(&row, &facts, nic)?;
+        let launch = self.template_launch(&row, &facts, nic, &[])?;
         let attention = Attention { watcher, cancel };
         let keeper = &self.config().keeper;
         let (template, built) = obtain(&self.assets(), keeper, &row, &launch, Some(attention))?;
@@ -652,6 +682,7 @@ impl Engine {
                 memory_mib: purpose.memory_mib,
                 disk_mib: purpose.disk_mib,
                 nic: purpose.nic,
+                volumes: purpose.volumes.len(),
             }
         });
         let modified = std::fs::metadata(&found.dir).and_then(|dir| dir.modified());
@@ -701,15 +732,29 @@ impl Engine {
             Ok(facts) => facts,
             Err(error) => return stale(&error.in_one_line()),
         };
-        let launch = self.template_launch(&row, &facts, purpose.nic)?;
+        let launch = self.template_launch(&row, &facts, purpose.nic, &purpose.volumes)?;
         Ok(known
             .changed(&Ingredients::of(&row, &launch, &self.config().keeper)?)
             .map(str::to_owned))
     }
 
     /// The launch of a sandbox that is only thought of, and so has no network even if it has a device.
-    fn template_launch(&self, row: &SandboxRow, facts: &HostFacts, nic: bool) -> Result<Launch> {
-        let mut launch = plan::plan(row, self.layout(), facts, &myself()?, None);
+    fn template_launch(
+        &self,
+        row: &SandboxRow,
+        facts: &HostFacts,
+        nic: bool,
+        volumes: &[bool],
+    ) -> Result<Launch> {
+        let volumes = volumes.iter().map(|read_only| VolumeLaunch {
+            path: PathBuf::new(),
+            bytes: SLOT_BYTES,
+            device: String::new(),
+            target: String::new(),
+            read_only: *read_only,
+        });
+        let volumes = volumes.collect();
+        let mut launch = plan::plan(row, self.layout(), facts, &myself()?, None, volumes);
         launch.vm.nic = nic.then_some(NicPlan { mac: TEMPLATE_MAC });
         Ok(launch)
     }
@@ -759,6 +804,7 @@ mod tests {
                 memory_mib: 512,
                 disk_mib: Some(4096),
                 nic: false,
+                volumes: Vec::new(),
             },
             boot: "b".to_owned(),
             cpu: "Xeon, stepping 7, 0".to_owned(),
@@ -826,6 +872,8 @@ mod tests {
             |now| now.cpus = 2,
             |now| now.memory_mib = 256,
             |now| now.disk_mib = None,
+            |now| now.volumes = vec![true],
+            |now| now.volumes = vec![false],
         ] {
             let mut now = ingredients();
             change(&mut now.purpose);

@@ -76,6 +76,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "network_mode": info.network_mode.map(NetworkMode::as_str),
             "network": network::describe(&info.network),
             "ports": port::describe_all(&info.ports),
+            "volumes": info.volumes.iter().map(|volume| json!({
+                "name": volume.name.as_str(),
+                "target": volume.target,
+                "read_only": volume.read_only,
+            })).collect::<Vec<_>>(),
             "bridge": null,
             "ephemeral": info.ephemeral,
             // Values may be secrets; names are enough to see what was set.
@@ -160,6 +165,13 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
     row("Environment", (!names.is_empty()).then(|| names.join(" ")));
     let ports: Vec<String> = info.ports.iter().map(ToString::to_string).collect();
     row("Ports", (!ports.is_empty()).then(|| ports.join(", ")));
+    for volume in &info.volumes {
+        let mode = if volume.read_only { ", read-only" } else { "" };
+        row(
+            "Volume",
+            Some(format!("{} at {}{mode}", volume.name, volume.target)),
+        );
+    }
     row("Directory", info.workdir.clone());
     row("User", info.user.clone());
     row(

@@ -203,6 +203,7 @@ fn start(home: &Home) -> Launch {
         starter: None,
         restore: None,
         park: None,
+        volumes: Vec::new(),
         snapshot: None,
         boot_timeout_ms: 1,
     }

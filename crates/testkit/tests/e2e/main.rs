@@ -24,3 +24,4 @@ mod trouble;
 mod ttl;
 mod unprivileged;
 mod user_network;
+mod volumes;

@@ -20,7 +20,7 @@ pub(crate) fn own_templates(home: &Home) -> PathBuf {
 }
 
 /// Whether a sandbox's machine holds its memory as a copy of a template's.
-fn restored(home: &Home, name: &str) -> bool {
+pub(crate) fn restored(home: &Home, name: &str) -> bool {
     let maps = format!("/proc/{}/maps", home.info(name).vmm().pid());
     std::fs::read_to_string(&maps)
         .expect("the machine's memory map")
