@@ -14,9 +14,10 @@ use crate::network;
 use crate::serve::Agent;
 use crate::stream::Last;
 use crate::sys;
+use crate::volumes;
 use std::os::fd::AsFd;
 
-/// Replaced where the image has one (machine-id(5)); one that has none gets none.
+/// Replaced where the image has one (machine-id(5)), as the default image has; one that has none gets none.
 const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Changes each time the machine becomes another one.
@@ -38,6 +39,9 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
         }
         if let Some(network) = &request.network {
             network::configure(network)?;
+        }
+        if let Some(volumes) = &request.volumes {
+            volumes::mount_all(volumes)?;
         }
     }
     agent.set_defaults(Defaults {

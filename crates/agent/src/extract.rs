@@ -78,7 +78,7 @@ pub(crate) fn extract(stream: &Stream, request: &ExtractRequest) -> Result<Last,
 }
 
 /// Makes a directory and those above it that are missing.
-fn make_all(path: &Path, owner: Option<(Uid, Gid)>) -> Result<(), Failure> {
+pub(crate) fn make_all(path: &Path, owner: Option<(Uid, Gid)>) -> Result<(), Failure> {
     let mut made = PathBuf::new();
     for component in path.components() {
         made.push(component);

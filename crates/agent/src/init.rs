@@ -22,7 +22,7 @@ use crate::cmdline::{self, BootOptions, Upper};
 use crate::devices;
 use crate::serve::{self, Agent};
 use crate::shutdown::Disks;
-use crate::{console, network, sys};
+use crate::{console, grow, network, sys};
 
 /// How long devices may take to appear. A probe takes milliseconds; under emulation on a busy host,
 /// seconds.
@@ -248,10 +248,17 @@ fn mount_disks(boot: &mut Boot) -> Result<(), BootError> {
         Upper::Memory => mount("tmpfs", UPPER, "tmpfs", MountFlags::empty(), "mode=0755")?,
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    boot.upper = Some(
-        rustix::fs::open(UPPER, flags, Mode::empty())
-            .map_err(failed(format!("opening {UPPER}")))?,
-    );
+    let upper = rustix::fs::open(UPPER, flags, Mode::empty())
+        .map_err(failed(format!("opening {UPPER}")))?;
+    // The disk may have been made larger while the machine was off.
+    if let Upper::Device(device) = &options.upper
+        && let Err(error) = grow::fill_disk(upper.as_fd())
+    {
+        console::say(&format!(
+            "the file system of {device} stays as large as it is: {error}"
+        ));
+    }
+    boot.upper = Some(upper);
     Ok(())
 }
 

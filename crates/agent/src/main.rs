@@ -31,6 +31,7 @@ mod extract;
 mod facts;
 mod failure;
 mod files;
+mod grow;
 mod init;
 mod list;
 mod listen;
@@ -43,6 +44,7 @@ mod shutdown;
 mod stream;
 mod sys;
 mod users;
+mod volumes;
 mod workers;
 
 use std::ffi::OsString;

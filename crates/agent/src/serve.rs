@@ -23,7 +23,7 @@ use crate::shutdown::Disks;
 use crate::stream::{Broken, Last, Stop, Stream};
 use crate::workers::Workers;
 use crate::{
-    birth, connect, console, datagrams, exec, extract, facts, files, list, listen, shutdown,
+    birth, connect, console, datagrams, exec, extract, facts, files, grow, list, listen, shutdown,
 };
 
 /// Bytes taken from the port at one time.
@@ -408,5 +408,6 @@ fn carry_out(agent: &Arc<Agent>, stream: &Arc<Stream>, request: &Request) -> Res
         Request::Listen(request) => listen::listen(agent, stream, request),
         Request::Accept(request) => listen::accept(agent, stream, *request),
         Request::Datagrams(request) => datagrams::datagrams(stream, request),
+        Request::Grow(request) => grow::grow(agent, request).map_err(Stop::from),
     }
 }

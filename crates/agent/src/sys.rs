@@ -335,6 +335,16 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::R
     result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })
 }
 
+/// `EXT4_IOC_RESIZE_FS`: `_IOW('f', 16, __u64)` (fs/ext4/ext4.h).
+const EXT4_IOC_RESIZE_FS: libc::Ioctl = 0x4008_6610;
+
+/// Makes the ext4 file system that is mounted at `mount` so many of its blocks large; does nothing if
+/// it is.
+pub(crate) fn grow_ext4(mount: BorrowedFd<'_>, blocks: u64) -> rustix::io::Result<()> {
+    // SAFETY: this request reads one 64-bit number, which lives until the call returns.
+    result(unsafe { libc::ioctl(mount.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) })
+}
+
 /// Has names of hosts looked up in /etc/hosts and by DNS, whatever the image's nsswitch.conf(5) says.
 ///
 /// The services that it may name are libraries of the image. This program is static, and would load

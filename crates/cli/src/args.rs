@@ -8,8 +8,8 @@ use smolvm_engine::AccelChoice;
 
 use crate::commands::{
     bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, network, pause, pool, port, prune, run, setup, shell, snapshot, ssh, start, stop,
-    template,
+    list, logs, network, pause, pool, port, prune, resize, run, setup, shell, snapshot, ssh, start,
+    stop, template, volume,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -129,6 +129,8 @@ pub(crate) enum Command {
     Network(Network),
     /// Ports of this host that lead into sandboxes
     Port(Port),
+    /// Disks that outlive the sandboxes which use them
+    Volume(Volume),
     /// Images sandboxes are made from
     #[command(after_help = "Example:\n  smolvm image list")]
     Image(Image),
@@ -189,6 +191,8 @@ pub(crate) enum SandboxCommand {
     SshConfig(ssh::ConfigArgs),
     /// Show the console of a sandbox
     Logs(logs::Args),
+    /// Make the disk of a sandbox larger
+    Resize(resize::Args),
     /// Make an image of a running sandbox
     Commit(commit::Args),
     /// Remove what nothing needs any more: leftovers of crashes, stale templates
@@ -264,6 +268,31 @@ pub(crate) enum PortCommand {
     /// List the ports that lead to a sandbox
     #[command(alias = "ls")]
     List(port::ListArgs),
+}
+
+/// `smolvm volume`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  smolvm volume create data")]
+pub(crate) struct Volume {
+    #[command(subcommand)]
+    pub(crate) command: Option<VolumeCommand>,
+}
+
+/// The verbs of `smolvm volume`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Make an empty volume
+    Create(volume::CreateArgs),
+    /// List the volumes
+    #[command(alias = "ls")]
+    List(volume::ListArgs),
+    /// Show everything about a volume
+    Inspect(volume::InspectArgs),
+    /// Delete volumes, with everything in them
+    #[command(alias = "rm")]
+    Delete(volume::DeleteArgs),
+    /// Delete all volumes that no sandbox has
+    Prune(volume::PruneArgs),
 }
 
 /// `smolvm network`.

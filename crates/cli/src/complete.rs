@@ -44,6 +44,20 @@ pub(crate) fn snapshots() -> Vec<CompletionCandidate> {
         .collect()
 }
 
+/// The volumes, as candidates.
+pub(crate) fn volumes() -> Vec<CompletionCandidate> {
+    let volumes = engine().and_then(|engine| engine.volumes().ok());
+    volumes
+        .unwrap_or_default()
+        .into_iter()
+        .map(|volume| {
+            let users = volume.users.len();
+            CompletionCandidate::new(volume.name.as_str())
+                .help(Some(format!("of {users} sandboxes").into()))
+        })
+        .collect()
+}
+
 /// The ports that lead to any sandbox, as candidates.
 pub(crate) fn ports() -> Vec<CompletionCandidate> {
     let sandboxes = engine().and_then(|engine| engine.list().ok());

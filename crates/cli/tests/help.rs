@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 70] = [
+const COMMANDS: [&str; 77] = [
     "",
     "run",
     "create",
@@ -29,6 +29,7 @@ const COMMANDS: [&str; 70] = [
     "sandbox list",
     "sandbox delete",
     "sandbox exec",
+    "sandbox resize",
     "sandbox prune",
     "computer",
     "file",
@@ -48,6 +49,12 @@ const COMMANDS: [&str; 70] = [
     "port expose",
     "port close",
     "port list",
+    "volume",
+    "volume create",
+    "volume list",
+    "volume inspect",
+    "volume delete",
+    "volume prune",
     "network",
     "network show",
     "network set",
@@ -98,8 +105,8 @@ fn every_command_explains_itself() {
 fn a_command_without_its_verb_prints_its_help() {
     let home = Home::new();
     for command in [
-        "", "sandbox", "computer", "file", "snapshot", "pool", "port", "network", "image",
-        "kernel", "template", "bench",
+        "", "sandbox", "computer", "file", "snapshot", "pool", "port", "volume", "network",
+        "image", "kernel", "template", "bench",
     ] {
         let mut args: Vec<&str> = command.split_whitespace().collect();
         let output = home.command(&args).output().expect("smolvm runs");

@@ -3,7 +3,7 @@
 use crate::engine::Engine;
 use crate::facts;
 use crate::spec::{DEFAULT_IMAGE, KernelChoice};
-use crate::store::{OTHER_DIRECTORY, Store};
+use crate::store::{NetworkMode, OTHER_DIRECTORY, Store};
 
 /// One check of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,8 +103,35 @@ impl Engine {
                 error.hint_text().map(str::to_owned),
             ),
         }
+        self.check_network(&mut report);
         self.check_data(&mut report);
         report.checks
+    }
+
+    fn check_network(&self, report: &mut Report) {
+        match self.judge_network_mode(true) {
+            Ok(NetworkMode::Tap) => report.add(
+                "network",
+                CheckStatus::Pass,
+                "tap: devices and firewall rules on this host".to_owned(),
+                None,
+            ),
+            Ok(NetworkMode::User) => report.add(
+                "network",
+                CheckStatus::Pass,
+                "user: devices and firewall rules in namespaces of their own, which pasta connects with \
+                 this host"
+                    .to_owned(),
+                None,
+            ),
+            // Without a network sandboxes do well.
+            Err(error) => report.add(
+                "network",
+                CheckStatus::Warn,
+                format!("only `--network off` works: {}", error.in_one_line()),
+                error.hint_text().map(str::to_owned),
+            ),
+        }
     }
 
     fn check_data(&self, report: &mut Report) {

@@ -11,9 +11,10 @@ use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smolvm_host::cancel::Cancel;
 use smolvm_host::kernel::Kernel;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::os::Os;
-use smolvm_host::packages::Programs;
+use smolvm_host::packages::{PASTA, Programs};
 use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
@@ -29,13 +30,15 @@ use crate::names;
 use crate::network::{self, NetworkLaunch, NetworkSpec};
 use crate::plan::{self, HostFacts, Layer};
 use crate::ports::{self, PublishedPort};
+use crate::resize;
 use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
 use crate::ssh;
-use crate::store::{OTHER_DIRECTORY, SandboxRow, State, Store};
+use crate::store::{NetworkMode, NetworkRow, OTHER_DIRECTORY, SandboxRow, State, Store};
 use crate::teardown;
 use crate::templates;
+use crate::volumes::VolumeUse;
 
 /// The library's entry. Cheap to clone; touches nothing on disk until something is written.
 #[derive(Debug, Clone)]
@@ -86,6 +89,8 @@ pub struct SandboxInfo {
     pub network: NetworkSpec,
     /// Its address, while it runs with a network device.
     pub address: Option<Ipv4Addr>,
+    /// Where device and rules are, while it runs with a network device.
+    pub network_mode: Option<NetworkMode>,
     /// Time after each start at which it is destroyed.
     pub ttl: Option<Duration>,
     /// Engine of the last start.
@@ -110,6 +115,8 @@ pub struct SandboxInfo {
     pub disk_used_bytes: Option<u64>,
     /// Ports of the host that lead to it, while it runs, by number.
     pub ports: Vec<PublishedPort>,
+    /// Volumes that are mounted in it.
+    pub volumes: Vec<VolumeUse>,
 }
 
 /// An image in the store.
@@ -242,16 +249,13 @@ impl Engine {
         };
         let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
         let networks = store.networks()?;
-        let address = |row: &SandboxRow| {
-            let own = networks.iter().find(|network| network.sandbox_id == row.id);
-            own.map(|network| network.address)
-        };
+        let own = |row: &SandboxRow| networks.iter().find(|own| own.sandbox_id == row.id);
         // Members of pools are nobody's yet, and what is being removed is nobody's any more.
         let visible = rows.into_iter().filter(|row| !row.spec.name.is_hidden());
         Ok(visible
             .map(|row| {
-                let address = address(&row);
-                self.describe(row, address)
+                let network = own(&row);
+                self.describe(row, network)
             })
             .collect())
     }
@@ -268,8 +272,8 @@ impl Engine {
         let row = visible(&store, name)?;
         let row = teardown::row_to_show(self.os(), self.layout(), &mut store, row)?
             .ok_or_else(|| unknown_sandbox(name))?;
-        let address = store.network(&row.id)?.map(|network| network.address);
-        Ok(self.describe(row, address))
+        let network = store.network(&row.id)?;
+        Ok(self.describe(row, network.as_ref()))
     }
 
     /// A name that is free at this moment.
@@ -350,7 +354,7 @@ impl Engine {
         Ok(row)
     }
 
-    fn describe(&self, row: SandboxRow, address: Option<Ipv4Addr>) -> SandboxInfo {
+    fn describe(&self, row: SandboxRow, network: Option<&NetworkRow>) -> SandboxInfo {
         let held = row.state.is_held();
         let pid = |identity: Option<ProcessIdentity>| {
             identity
@@ -376,7 +380,8 @@ impl Engine {
             workdir: row.spec.workdir,
             user: row.spec.user,
             network: row.spec.network,
-            address,
+            address: network.map(|own| own.address),
+            network_mode: network.map(|own| own.mode),
             ttl: row.spec.ttl,
             engine: row.engine,
             accel: row.accel,
@@ -389,6 +394,7 @@ impl Engine {
             ssh_port: row.ssh_port,
             disk_used_bytes,
             ports: row.spec.ports,
+            volumes: row.spec.volumes,
         }
     }
 
@@ -514,12 +520,12 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is,
-    /// [`ErrorKind::NotFound`] for an unknown image or a kernel that was not built,
+    /// [`ErrorKind::NotFound`] for an unknown image or volume or a kernel that was not built,
     /// [`ErrorKind::InvalidInput`]. Nothing remains after an error.
     pub fn create(&self, spec: &SandboxSpec) -> Result<SandboxInfo> {
         spec.check()?;
         if spec.network.needs_device() {
-            network::refuse_unprivileged()?;
+            self.network_mode()?;
         }
         self.create_with(spec, &self.kernel_for(spec)?)
     }
@@ -597,7 +603,7 @@ impl Engine {
             teardown::reconcile(self.os(), self.layout(), store)?;
         }
         // Before anything is made. Held until the row is written, which is what keeps it after that.
-        let held = ports::take_all(self.os(), store, &spec.ports)?;
+        let held = ports::take_all(self.os(), &HostSide::here(), store, &spec.ports)?;
         spec.ports = held.iter().map(|bound| bound.published).collect();
         // As they are read again.
         spec.ports.sort_by_key(|port| (port.host.port, port.host));
@@ -667,7 +673,8 @@ impl Engine {
     /// # Errors
     ///
     /// [`ErrorKind::GuestFailed`] with the last console lines if the guest does not come up,
-    /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk,
+    /// [`ErrorKind::Busy`] if another sandbox writes to its shared disk, or has one of its volumes while
+    /// one of the two writes to it,
     /// [`ErrorKind::MissingDependency`]. The sandbox is then off, and can be started again.
     pub async fn start(&self, name: &str) -> Result<(Session, StartTimes)> {
         visible(&self.store()?, name)?;
@@ -703,6 +710,10 @@ impl Engine {
                     );
                 }
                 State::Created | State::Stopped | State::Error => {}
+            }
+            if !row.spec.volumes.is_empty() {
+                // What a crash left must not keep its volumes.
+                teardown::reconcile(self.os(), self.layout(), &mut store)?;
             }
             let won = store.begin_start(
                 &row.id,
@@ -790,19 +801,29 @@ impl Engine {
             .create_dir_all("make the sandbox's directory", dir.path())?;
         // Only a repair or a keeper that is ending may hold the lock now, and each lets go soon.
         let lock = self.os().lock("lock the sandbox", &dir.lock())?;
-        // Read again: until the lock was there, others could change which ports there are.
+        // Read again: until the lock was there, others could change its ports and its disk.
         let mut row = row.clone();
         if let Some(now) = store.sandbox(&row.id)? {
             row.spec.ports = now.spec.ports;
+            row.spec.disk_mib = now.spec.disk_mib;
         }
         let row = &row;
         // Its keeper takes them; that they can be taken is known before a machine is started.
-        drop(ports::bind_all(self.os(), &row.spec.ports)?);
+        drop(ports::bind_all(
+            self.os(),
+            &HostSide::here(),
+            &row.spec.ports,
+        )?);
         let nic = row.spec.network.needs_device() || beginning.nic;
         let facts = self.host_facts(store, row, nic)?;
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
-        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network);
+        let volumes = self.volume_launches(store, row)?;
+        let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
         let layer = plan::layer(row, self.layout());
+        if let (Layer::File(path), DiskMode::Isolated) = (&layer, row.spec.disk_mode) {
+            // One that was to be made larger may not have been.
+            resize::grow_file(self.os(), path, row.spec.disk_mib)?;
+        }
         let fresh = match &layer {
             Layer::File(path) => !path.exists(),
             Layer::Memory => true,
@@ -902,12 +923,19 @@ impl Engine {
 
     /// Gives a run of a sandbox its address and its device's name, in a row.
     fn allocate_network(&self, store: &mut Store, row: &SandboxRow) -> Result<NetworkLaunch> {
-        network::refuse_unprivileged()?;
+        let mode = self.network_mode()?;
         // A run that was cut short may have left its own.
         network::release(self.os(), self.layout(), store, &row.id)?;
         let config = &self.config().network;
-        let own = network::allocate(store, &row.id, config, &BTreeSet::new())?;
-        NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)
+        let own = network::allocate(store, &row.id, mode, config, &BTreeSet::new())?;
+        let launch = NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)?;
+        Ok(NetworkLaunch {
+            uplink: match mode {
+                NetworkMode::Tap => None,
+                NetworkMode::User => Some(self.programs().find(PASTA)?),
+            },
+            ..launch
+        })
     }
 
     /// The facts for a machine, with a network device or without.
@@ -1171,6 +1199,19 @@ impl Engine {
             if !dry_run {
                 self.os()
                     .remove_tree("remove the leftover", &entry.path())?;
+            }
+        }
+        if !dry_run {
+            self.reconcile_volumes(&mut store)?;
+        }
+        for path in self.stray_volumes(&store)? {
+            pruned.push(Pruned {
+                kind: "leftover",
+                name: path.display().to_string(),
+                bytes: used_below(&path),
+            });
+            if !dry_run {
+                self.os().remove_tree("remove the leftover", &path)?;
             }
         }
         for (id, dir) in self.unused_templates(&mut store)? {

@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::{SOCKET_NAME, SandboxDir};
 use crate::network::NetworkLaunch;
 use crate::ports::PublishedPort;
+use crate::volumes::VolumeLaunch;
 
 /// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
 /// starts; made anew at each start.
@@ -55,6 +56,8 @@ pub struct Launch {
     /// Ports of the host of which it is given one to be reached by SSH, if it has none yet.
     #[serde(with = "crate::settings::as_text")]
     pub ssh_ports: PortRange,
+    /// Its volumes, whose disks are the last of the machine's, in this order.
+    pub volumes: Vec<VolumeLaunch>,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.
@@ -81,6 +84,12 @@ pub struct WarmCommand {
 }
 
 impl Launch {
+    /// Whether it writes to a disk that outlives it.
+    #[must_use]
+    pub fn writes_to_volumes(&self) -> bool {
+        self.volumes.iter().any(|volume| !volume.read_only)
+    }
+
     /// Reads what [`Launch`] was written to `path`.
     pub fn read(path: &Path) -> Result<Self> {
         let doing = || format!("could not read the launch file {}", path.display());
@@ -128,6 +137,37 @@ pub(crate) fn watch_socket(dir: &SandboxDir) -> std::io::Result<OwnedFd> {
         // Without a directory there is nothing to wait for; whoever asked looks again.
         Ok(_) | Err(rustix::io::Errno::NOENT) => Ok(watch),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Has a keeper find out whether this user may have networks of its own.
+///
+/// # Errors
+///
+/// What it found.
+pub(crate) fn try_network(keeper: &Path) -> Result<()> {
+    let doing = || format!("could not ask the keeper {}", keeper.display());
+    let output = Command::new(keeper)
+        .arg("--try-network")
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .map_err(|error| io(doing(), error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    // What was found, and what to do.
+    let said = String::from_utf8_lossy(&output.stdout);
+    match said.split_once('\n') {
+        Some((why, hint)) => {
+            Err(Error::new(ErrorKind::PermissionDenied, why).hint(hint.trim_end()))
+        }
+        None => Err(Error::new(
+            ErrorKind::Internal,
+            format!("{}: it ended with {}", doing(), output.status),
+        )),
     }
 }
 

@@ -10,6 +10,7 @@
 //! engines/firecracker-v<version>/  firecracker, jailer, release.json
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
 //! snapshots/<id>/                  memory, state, disk.ext4, snapshot.json
+//! volumes/                         <id>.ext4
 //! pools/                           <id>.json, <id>.lock, <id>.log
 //! ssh/                             id_ed25519, id_ed25519.pub, lock
 //! cache/ext4-<size MiB>.img        empty writable layers to copy
@@ -85,6 +86,18 @@ impl Layout {
     #[must_use]
     pub fn snapshots(&self) -> PathBuf {
         self.root.join("snapshots")
+    }
+
+    /// All volumes.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
+    /// The disk of one volume.
+    #[must_use]
+    pub fn volume(&self, id: &str) -> PathBuf {
+        self.volumes().join(format!("{id}.ext4"))
     }
 
     /// Files of the pools.

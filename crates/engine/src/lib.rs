@@ -50,6 +50,7 @@ mod oci;
 mod plan;
 mod pool;
 pub mod ports;
+mod resize;
 mod session;
 mod settings;
 mod snapshots;
@@ -58,6 +59,7 @@ pub mod ssh;
 pub mod store;
 pub mod teardown;
 mod templates;
+mod volumes;
 
 pub use assets::{Progress, Watcher};
 pub use commit::{CommitOptions, Committed};
@@ -78,6 +80,7 @@ pub use network::{
 pub use oci::{LoadOptions, LoadSource, Loaded, PullPolicy, Pulled};
 pub use pool::{POOL_SIZE_MAX, PoolInfo, PoolSpec, read_pool_file};
 pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
+pub use resize::check_size;
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
 pub use settings::{NetworkSettings, SETTINGS_NAME, Settings, SshSettings};
 pub use smolvm_host::cancel::Cancel;
@@ -94,5 +97,6 @@ pub use spec::{
     SandboxSpec, check_env,
 };
 pub use ssh::{SshAccess, SshSpec};
-pub use store::State;
+pub use store::{NetworkMode, State};
 pub use templates::{BuiltTemplate, TemplateInfo, TemplateShape};
+pub use volumes::{VOLUMES_MAX, VolumeInfo, VolumeLaunch, VolumeUse, VolumeUser};

@@ -15,6 +15,7 @@ use std::str::FromStr;
 
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
+use rustix::thread::{CapabilitySet, capabilities};
 use serde::{Deserialize, Serialize};
 use smolvm_host::net::alloc::{self, AddressPool, GATEWAY_MAC, Mac};
 use smolvm_host::net::dns::{Names, Pattern, Rules};
@@ -22,8 +23,10 @@ use smolvm_host::net::docker::Obstacle;
 use smolvm_host::net::forwarding::Forwarding;
 use smolvm_host::net::nft::{self, Firewall, Guest, Policy};
 use smolvm_host::net::tap::{self, Lifetime, Owner, Tap, TapName, TapSpec};
+use smolvm_host::net::user::{self, HostSide};
 use smolvm_host::net::{dns, docker};
 use smolvm_host::os::Os;
+use smolvm_host::packages::PASTA;
 use smolvm_host::{HostError, HostErrorKind};
 use smolvm_proto::keeper::{KeeperRequest, NetworkPolicy};
 
@@ -387,6 +390,32 @@ impl Engine {
         }
     }
 
+    /// Where networks of sandboxes are made that this process starts: on the host, if it has the rights
+    /// for that, and in namespaces of their own otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::PermissionDenied`] if it may do neither, [`ErrorKind::MissingDependency`] without
+    /// the program that connects such a namespace with the host; each says what to do.
+    pub fn network_mode(&self) -> Result<NetworkMode> {
+        self.judge_network_mode(false)
+    }
+
+    /// As [`Engine::network_mode`]. Thorough means to try, where only that tells.
+    pub(crate) fn judge_network_mode(&self, thorough: bool) -> Result<NetworkMode> {
+        if may_make_devices()? {
+            return Ok(NetworkMode::Tap);
+        }
+        if let Some(obstacle) = user::obstacle() {
+            return Err(no_network(obstacle.why, &obstacle.help));
+        }
+        self.programs().find(PASTA)?;
+        if thorough || user::likely_obstacle().is_some() {
+            crate::launch::try_network(&self.config().keeper)?;
+        }
+        Ok(NetworkMode::User)
+    }
+
     /// What networks of sandboxes use of this host.
     pub fn network_usage(&self) -> Result<NetworkUsage> {
         let pool = self.config().network.pool()?;
@@ -397,20 +426,21 @@ impl Engine {
             }
             None => 0,
         };
+        let mode = self.network_mode();
         Ok(NetworkUsage {
             prefix: pool.net(),
             gateway: pool.gateway(),
             addresses: pool.guests(),
             used: u32::try_from(used).unwrap_or(u32::MAX),
-            may_make: refuse_unprivileged().is_ok(),
-            // Asked only where it may be.
-            obstacles: match refuse_unprivileged() {
-                Ok(()) => docker::obstacles(self.os())?
+            // Asked only where it may be, and where it matters.
+            obstacles: match mode {
+                Ok(NetworkMode::Tap) => docker::obstacles(self.os())?
                     .iter()
                     .map(describe_obstacle)
                     .collect(),
-                Err(_) => Vec::new(),
+                Ok(NetworkMode::User) | Err(_) => Vec::new(),
             },
+            mode,
         })
     }
 
@@ -421,7 +451,16 @@ impl Engine {
     ///
     /// [`ErrorKind::Busy`] while sandboxes have a network; [`ErrorKind::PermissionDenied`].
     pub async fn reset_network(&self) -> Result<()> {
-        refuse_unprivileged()?;
+        if !may_make_devices()? {
+            return Err(Error::new(
+                ErrorKind::PermissionDenied,
+                "the host's network can be changed by root alone",
+            )
+            .because("it takes the capability CAP_NET_ADMIN")
+            .hint(
+                "run it as root, if root had sandboxes; those of other users leave nothing there",
+            ));
+        }
         let busy = |why: String| {
             Error::new(
                 ErrorKind::Busy,
@@ -478,7 +517,7 @@ impl Engine {
 const RESET_TRIES: u32 = 16;
 
 /// What networks of sandboxes use of a host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct NetworkUsage {
     /// Where addresses are from.
     pub prefix: Ipv4Net,
@@ -488,8 +527,8 @@ pub struct NetworkUsage {
     pub addresses: u32,
     /// How many have.
     pub used: u32,
-    /// Whether this process may make networks.
-    pub may_make: bool,
+    /// Where this process makes networks, or why it cannot.
+    pub mode: Result<NetworkMode>,
     /// Other firewalls of the host that may stop what sandboxes send.
     pub obstacles: Vec<String>,
 }
@@ -564,6 +603,8 @@ pub struct NetworkLaunch {
     pub spec: NetworkSpec,
     /// How it is made.
     pub config: NetworkConfig,
+    /// The program that connects it with the host's, in mode [`User`](NetworkMode::User).
+    pub uplink: Option<PathBuf>,
 }
 
 impl NetworkLaunch {
@@ -586,7 +627,15 @@ impl NetworkLaunch {
             gateway: config.pool()?.gateway(),
             run: row.run,
             spec: spec.clone(),
-            config: config.clone(),
+            config: NetworkConfig {
+                run_dir: match row.mode {
+                    NetworkMode::Tap => config.run_dir.clone(),
+                    // Nothing of it is the host's, and it is over with the run.
+                    NetworkMode::User => layout.sandbox(&row.sandbox_id).path().to_owned(),
+                },
+                ..config.clone()
+            },
+            uplink: None,
         })
     }
 
@@ -638,7 +687,7 @@ impl Link {
             },
         )
         .map_err(not_permitted)?;
-        forward(os, &launch.config.run_dir)?;
+        forward(os, launch)?;
         docker::let_through(os).map_err(not_permitted)?;
         Ok(Self {
             os: os.clone(),
@@ -750,13 +799,20 @@ fn device(name: &str) -> Result<TapName> {
     })
 }
 
-/// Lets the host forward packets of sandboxes.
-fn forward(os: &Os, run_dir: &Path) -> Result<()> {
+/// Lets packets of sandboxes be forwarded to the devices that lead elsewhere.
+///
+/// # Errors
+///
+/// [`ErrorKind::PermissionDenied`], with what to do.
+pub fn forward(os: &Os, launch: &NetworkLaunch) -> Result<()> {
+    let run_dir = &launch.config.run_dir;
     os.create_dir_all("make the directory", run_dir)
         .map_err(not_permitted)?;
-    forwarding(os, run_dir)?
-        .enable(&[])
-        .map_err(not_permitted)?;
+    let forwarding = match launch.mode {
+        NetworkMode::Tap => forwarding(os, run_dir)?,
+        NetworkMode::User => Forwarding::new(os.clone(), run_dir.join("forwarding.json")),
+    };
+    forwarding.enable(&[]).map_err(not_permitted)?;
     Ok(())
 }
 
@@ -786,22 +842,76 @@ pub(crate) fn not_permitted(error: HostError) -> Error {
 pub(crate) const NEEDS_ROOT: &str =
     "run smolvm as root, or with CAP_NET_ADMIN; without a network (--network off) it needs neither";
 
-/// Refuses to make a network where the rights are lacking, before anything is done for it.
-pub(crate) fn refuse_unprivileged() -> Result<()> {
-    use rustix::thread::{CapabilitySet, capabilities};
-    let has = capabilities(None)
-        .map_err(|error| crate::error::io("could not ask for this process's rights", error.into()))?
-        .effective
-        .contains(CapabilitySet::NET_ADMIN);
-    if has {
-        return Ok(());
-    }
-    Err(Error::new(
+/// Whether this process may make devices and firewall rules in its network.
+fn may_make_devices() -> Result<bool> {
+    may(CapabilitySet::NET_ADMIN)
+}
+
+/// Whether this process may make network namespaces, and devices in them, without a user namespace.
+pub fn may_leave_namespaces() -> Result<bool> {
+    may(CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN)
+}
+
+fn may(rights: CapabilitySet) -> Result<bool> {
+    let has = capabilities(None).map_err(|error| {
+        crate::error::io("could not ask for this process's rights", error.into())
+    })?;
+    Ok(has.effective.contains(rights))
+}
+
+/// The error where no network can be made at all.
+pub(crate) fn no_network(why: String, help: &str) -> Error {
+    Error::new(
         ErrorKind::PermissionDenied,
         "a sandbox's network cannot be made by this user",
     )
-    .because("it takes the capability CAP_NET_ADMIN, which root has")
-    .hint(NEEDS_ROOT))
+    .because(why)
+    .hint(format!(
+        "{help}; or run smolvm as root. Without a network (--network off) it needs neither"
+    ))
+}
+
+/// Gives the calling process a network of its own, and keeps a thread in the host's. To be called while
+/// the process has one thread; see [`user::enter`].
+///
+/// # Errors
+///
+/// [`ErrorKind::PermissionDenied`], with what stands in the way as far as that is known. The process is
+/// to end then.
+pub fn leave_host(os: &Os) -> Result<HostSide> {
+    user::enter(os).map_err(|error| {
+        let known = match error.kind() {
+            HostErrorKind::PermissionDenied => user::likely_obstacle(),
+            _ => None,
+        };
+        let why = crate::error::in_one_line(&error);
+        match known {
+            Some(obstacle) => no_network(format!("{}: {why}", obstacle.why), &obstacle.help),
+            None => no_network(
+                why,
+                "see whether this host's kernel, AppArmor or container lets this user make user and \
+                 network namespaces (`unshare --user --net true`)",
+            ),
+        }
+    })
+}
+
+/// Does what an ordinary user's network needs, and nothing with it: for whoever wants to know whether it
+/// can be done. As [`leave_host`], for a process that does nothing else.
+///
+/// # Errors
+///
+/// What cannot be done, with what helps.
+pub fn try_to_leave_host(os: &Os) -> Result<()> {
+    let _host = leave_host(os)?;
+    let owner = Owner::new("try").ok_or_else(|| Error::new(ErrorKind::Internal, "no name"))?;
+    Firewall::new(os.clone(), owner)
+        .all_guests()
+        .map_err(not_permitted)?;
+    let setting = Path::new("/proc/sys/net/ipv4/conf/lo/forwarding");
+    os.effect("write", setting, || std::fs::write(setting, "1"))
+        .map_err(not_permitted)?;
+    Tap::detached(os, true).map(drop).map_err(not_permitted)
 }
 
 /// Gives a sandbox an address and a device's name, in a row, before any of it is made. Addresses in
@@ -809,6 +919,7 @@ pub(crate) fn refuse_unprivileged() -> Result<()> {
 pub fn allocate(
     store: &mut Store,
     id: &str,
+    mode: NetworkMode,
     config: &NetworkConfig,
     avoid: &BTreeSet<Ipv4Addr>,
 ) -> Result<NetworkRow> {
@@ -822,7 +933,7 @@ pub fn allocate(
         .candidates(seed)
         .filter(|address| !avoid.contains(address));
     store
-        .insert_network(id, NetworkMode::Tap, name.as_str(), run, candidates)?
+        .insert_network(id, mode, name.as_str(), run, candidates)?
         .ok_or_else(|| {
             Error::new(
                 ErrorKind::Busy,
@@ -951,7 +1062,7 @@ mod tests {
             row.id = format!("{id:0>16}");
             store.insert_sandbox(&row).expect("a row");
             let avoid = avoid.iter().copied().collect();
-            super::allocate(&mut store, &row.id, &config, &avoid)
+            super::allocate(&mut store, &row.id, NetworkMode::Tap, &config, &avoid)
         };
         let one = allocate("1", &[]).expect("the only one");
         assert_eq!(one.address, Ipv4Addr::new(192, 168, 9, 2));

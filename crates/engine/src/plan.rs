@@ -13,6 +13,7 @@ use crate::layout::Layout;
 use crate::network::NetworkLaunch;
 use crate::spec::DiskMode;
 use crate::store::SandboxRow;
+use crate::volumes::VolumeLaunch;
 
 /// What planning has to know about the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +59,7 @@ pub(crate) fn plan(
     facts: &HostFacts,
     starter: &ProcessIdentity,
     network: Option<NetworkLaunch>,
+    mut volumes: Vec<VolumeLaunch>,
 ) -> Launch {
     let mut disks = vec![DiskPlan {
         path: layout.image(&row.image_digest).join("root.erofs"),
@@ -73,6 +75,15 @@ pub(crate) fn plan(
         }
         Layer::Memory => "tmpfs",
     };
+    for volume in &mut volumes {
+        // Devices have letters in the order of the disks; there are far fewer than letters.
+        let letter = (b'a'..=b'z').nth(disks.len()).unwrap_or(b'z');
+        volume.device = format!("/dev/vd{}", char::from(letter));
+        disks.push(DiskPlan {
+            path: volume.path.clone(),
+            read_only: volume.read_only,
+        });
+    }
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     // A member of a pool has no name yet; its guest's host name has to be one.
     let name = match &row.pool {
@@ -112,6 +123,7 @@ pub(crate) fn plan(
         park: None,
         ports: row.spec.ports.clone(),
         ssh_ports: PortRange::default(),
+        volumes,
         snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }
@@ -170,7 +182,7 @@ mod tests {
             ),
         ] {
             row.spec.disk_mode = mode;
-            let launch = plan(&row, &layout, &facts(), &starter(), None);
+            let launch = plan(&row, &layout, &facts(), &starter(), None, Vec::new());
             let paths: Vec<_> = launch
                 .vm
                 .disks
@@ -189,6 +201,35 @@ mod tests {
     }
 
     #[test]
+    fn volumes_are_the_last_disks_and_know_their_devices() {
+        let volume = |name: &str, read_only| VolumeLaunch {
+            path: format!("/d/volumes/{name}.ext4").into(),
+            bytes: 1,
+            device: String::new(),
+            target: format!("/{name}"),
+            read_only,
+        };
+        let volumes = || vec![volume("a", false), volume("b", true)];
+        let layout = Layout::new("/d".into());
+        let mut row = row("a");
+        for (mode, devices) in [
+            (DiskMode::Isolated, ["/dev/vdc", "/dev/vdd"]),
+            (DiskMode::Memory, ["/dev/vdb", "/dev/vdc"]),
+        ] {
+            row.spec.disk_mode = mode;
+            let launch = plan(&row, &layout, &facts(), &starter(), None, volumes());
+            let known: Vec<_> = launch.volumes.iter().map(|volume| &volume.device).collect();
+            assert_eq!(known, devices.iter().collect::<Vec<_>>());
+            let [.., first, second] = &launch.vm.disks[..] else {
+                panic!("too few disks");
+            };
+            assert_eq!(first.path, launch.volumes[0].path);
+            assert_eq!([first.read_only, second.read_only], [false, true]);
+            assert!(launch.writes_to_volumes());
+        }
+    }
+
+    #[test]
     fn a_launch_comes_back_as_it_was_written() {
         let launch = plan(
             &row("a"),
@@ -196,6 +237,7 @@ mod tests {
             &facts(),
             &starter(),
             None,
+            Vec::new(),
         );
         let text = serde_json::to_string(&launch).expect("json");
         assert_eq!(serde_json::from_str::<Launch>(&text).expect("json"), launch);

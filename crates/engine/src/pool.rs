@@ -178,6 +178,10 @@ impl Engine {
     pub async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
         let begun = Instant::now();
         spec.check()?;
+        // Its disks are a machine's from its beginning, and no member has any.
+        if !spec.volumes.is_empty() {
+            return Ok(None);
+        }
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(None);
         };
@@ -303,6 +307,9 @@ impl Engine {
     /// not start for. The pool stays, with the members it has.
     pub async fn set_pool(&self, spec: &PoolSpec, ready: &mut dyn FnMut(u32)) -> Result<()> {
         spec.check()?;
+        if spec.nic && spec.size > 0 {
+            self.network_mode()?;
+        }
         let mut store = self.store()?;
         let Some(image) = store.image(&spec.image)? else {
             return Err(unknown_image(&spec.image));

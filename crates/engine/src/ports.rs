@@ -10,6 +10,7 @@ use std::str::FromStr;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use serde::{Deserialize, Serialize};
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, PortMapping, PortPlace};
 
@@ -246,18 +247,14 @@ pub struct Bound {
     pub socket: OwnedFd,
 }
 
-/// Takes a port of the host; one that is free, if its number is 0.
+/// Takes a port of the host, whose network is on `side`; one that is free, if its number is 0.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Busy`] if something else has it, [`ErrorKind::PermissionDenied`] for a port below
 /// those that everybody may have, [`ErrorKind::InvalidInput`] if the address is not the host's.
-pub fn bind(os: &Os, published: &PublishedPort) -> Result<Bound> {
-    // Named apart, so that a test can fail it.
-    let bound = os.effect("take a port of the host", Path::new("/"), || {
-        Ok(take(&published.host))
-    })?;
-    let (socket, port) = bound.map_err(|errno| refused(&published.host, errno))?;
+pub fn bind(os: &Os, side: &HostSide, published: &PublishedPort) -> Result<Bound> {
+    let (socket, port) = take_port(os, side, &published.host)?;
     Ok(Bound {
         published: PublishedPort {
             host: HostPort {
@@ -275,11 +272,17 @@ pub fn bind(os: &Os, published: &PublishedPort) -> Result<Bound> {
 /// # Errors
 ///
 /// As [`bind`].
-pub fn listen(os: &Os, host: &HostPort) -> Result<OwnedFd> {
-    let bound = os.effect("take a port of the host", Path::new("/"), || Ok(take(host)))?;
-    bound
-        .map(|(socket, _)| socket)
-        .map_err(|errno| refused(host, errno))
+pub fn listen(os: &Os, side: &HostSide, host: &HostPort) -> Result<OwnedFd> {
+    take_port(os, side, host).map(|(socket, _)| socket)
+}
+
+fn take_port(os: &Os, side: &HostSide, host: &HostPort) -> Result<(OwnedFd, u16)> {
+    let wanted = *host;
+    // Named apart, so that a test can fail it.
+    let taken = os.effect("take a port of the host", Path::new("/"), || {
+        side.run(move || Ok(take(&wanted)))
+    })?;
+    taken.map_err(|errno| refused(host, errno))
 }
 
 fn take(host: &HostPort) -> rustix::io::Result<(OwnedFd, u16)> {
@@ -348,18 +351,23 @@ fn refused(host: &HostPort, errno: Errno) -> Error {
 /// # Errors
 ///
 /// As [`bind`], and [`ErrorKind::Busy`] with the sandbox that has a port. None is taken then.
-pub fn take_all(os: &Os, store: &Store, wanted: &[PublishedPort]) -> Result<Vec<Bound>> {
+pub fn take_all(
+    os: &Os,
+    side: &HostSide,
+    store: &Store,
+    wanted: &[PublishedPort],
+) -> Result<Vec<Bound>> {
     let mut taken = Vec::with_capacity(wanted.len());
     // Held until all are chosen, so that none is offered twice.
     let mut unwanted = Vec::new();
     for port in wanted {
         if port.host.port != 0 {
             store.check_port(&port.host)?;
-            taken.push(bind(os, port)?);
+            taken.push(bind(os, side, port)?);
             continue;
         }
         let bound = loop {
-            let bound = bind(os, port)?;
+            let bound = bind(os, side, port)?;
             match store.check_port(&bound.published.host) {
                 Ok(()) => break bound,
                 Err(error) if error.kind() == ErrorKind::Busy => unwanted.push(bound),
@@ -376,8 +384,8 @@ pub fn take_all(os: &Os, store: &Store, wanted: &[PublishedPort]) -> Result<Vec<
 /// # Errors
 ///
 /// As [`bind`]; none is taken then.
-pub fn bind_all(os: &Os, published: &[PublishedPort]) -> Result<Vec<Bound>> {
-    published.iter().map(|port| bind(os, port)).collect()
+pub fn bind_all(os: &Os, side: &HostSide, published: &[PublishedPort]) -> Result<Vec<Bound>> {
+    published.iter().map(|port| bind(os, side, port)).collect()
 }
 
 /// Which port of the host is meant by `[IP:]PORT[/tcp|/udp]`, among those that a sandbox publishes.
@@ -440,7 +448,12 @@ impl Engine {
         let request = KeeperRequest::Publish(mapping(port));
         let here = |store: &mut Store, row: &SandboxRow| {
             check_room(row.spec.ports.len())?;
-            let bound = take_all(self.os(), store, std::slice::from_ref(port))?;
+            let bound = take_all(
+                self.os(),
+                &HostSide::here(),
+                store,
+                std::slice::from_ref(port),
+            )?;
             let published = bound[0].published;
             store.insert_port(&row.id, &published)?;
             Ok(published)
@@ -677,11 +690,11 @@ mod tests {
 
     #[test]
     fn a_port_is_taken_once() {
-        let os = Os::new();
+        let (os, side) = (Os::new(), HostSide::here());
         for text in ["0:80", "0:80/udp", "[::1]:0:80"] {
-            let first = bind(&os, &text.parse().expect("a port")).expect(text);
+            let first = bind(&os, &side, &text.parse().expect("a port")).expect(text);
             assert_ne!(first.published.host.port, 0);
-            let second = bind(&os, &first.published).expect_err("taken");
+            let second = bind(&os, &side, &first.published).expect_err("taken");
             assert_eq!(second.kind(), ErrorKind::Busy);
             let all = PublishedPort {
                 host: HostPort {
@@ -693,13 +706,16 @@ mod tests {
                 },
                 ..first.published
             };
-            assert_eq!(bind(&os, &all).expect_err("taken").kind(), ErrorKind::Busy);
+            assert_eq!(
+                bind(&os, &side, &all).expect_err("taken").kind(),
+                ErrorKind::Busy
+            );
             let port = first.published;
             drop(first);
-            bind(&os, &port).expect("free again");
+            bind(&os, &side, &port).expect("free again");
         }
         let elsewhere = "192.0.2.1:0:80".parse().expect("a port");
-        let error = bind(&os, &elsewhere).expect_err("not the host's");
+        let error = bind(&os, &side, &elsewhere).expect_err("not the host's");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
     }
 }

@@ -5,12 +5,14 @@
 //! taken of is long gone, and after the host was restarted. A fork is the same, with a snapshot that
 //! lives no longer than the fork takes.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use smolvm_host::oci::Digest;
 use smolvm_host::os::Durability;
 use smolvm_proto::keeper::{CaptureRequest, KeeperEvent, KeeperRequest};
 use tokio::sync::Semaphore;
@@ -99,6 +101,42 @@ struct Description {
     /// Milliseconds each copy lives, from its own start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ttl_ms: Option<u64>,
+    /// Its files, by name. Absent where an earlier release took it.
+    #[serde(default)]
+    files: BTreeMap<String, SavedFile>,
+}
+
+/// What a file of a snapshot has to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedFile {
+    bytes: u64,
+    /// Of the device state, which is small. To read the others takes longer than to restore them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    digest: Option<Digest>,
+}
+
+/// What the files in a snapshot's directory are.
+fn files_of(saved: &SavedMachine) -> Result<BTreeMap<String, SavedFile>> {
+    let mut files = BTreeMap::new();
+    for path in [saved.memory(), saved.state(), saved.disk()] {
+        let failed = |error| io(format!("could not look at {}", path.display()), error);
+        let bytes = match std::fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        let digest = if path == saved.state() {
+            Some(Digest::of(&std::fs::read(&path).map_err(failed)?))
+        } else {
+            None
+        };
+        let name = path.file_name().unwrap_or_default();
+        files.insert(
+            name.to_string_lossy().into_owned(),
+            SavedFile { bytes, digest },
+        );
+    }
+    Ok(files)
 }
 
 /// What a host has to have in common with the one a machine was saved on.
@@ -136,6 +174,43 @@ impl Saved {
             files: SavedMachine::new(dir),
             description,
         })
+    }
+
+    /// Refuses a snapshot whose files are not what was saved.
+    pub(crate) fn check_files(&self) -> Result<()> {
+        let known = &self.description.files;
+        if known.is_empty() {
+            return Ok(());
+        }
+        let found = files_of(&self.files)?;
+        let damaged = known.iter().find_map(|(name, then)| {
+            let why = match found.get(name) {
+                None => "it is not there".to_owned(),
+                Some(now) if now.bytes != then.bytes => {
+                    format!(
+                        "it has {} bytes and was saved with {}",
+                        now.bytes, then.bytes
+                    )
+                }
+                Some(now) if now != then => "its content was changed".to_owned(),
+                Some(_) => return None,
+            };
+            Some((name, why))
+        });
+        match damaged {
+            None => Ok(()),
+            Some((name, why)) => Err(Error::new(
+                ErrorKind::State,
+                format!(
+                    "the snapshot's file {} is damaged",
+                    self.files.path().join(name).display()
+                ),
+            )
+            .because(why)
+            .hint(
+                "put the file back from a copy, or remove the snapshot with `smolvm snapshot rm`",
+            )),
+        }
     }
 
     /// Refuses a host on which the machine could not go on.
@@ -301,6 +376,7 @@ impl Engine {
         self.reconcile_snapshots(&mut store)?;
         let row = ready(&store, snapshot)?;
         let saved = Saved::open(self.snapshot_dir(&row.id))?;
+        saved.check_files()?;
         self.start_copy(&mut store, &row, &saved, name, None).await
     }
 
@@ -521,6 +597,7 @@ impl Engine {
                         .spec
                         .ttl
                         .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+                    files: BTreeMap::new(),
                 },
                 files: SavedMachine::new(dir),
             };
@@ -553,7 +630,14 @@ impl Engine {
             KeeperEvent::Captured(captured) => Duration::from_micros(captured.paused_us),
             other => return Err(session.confused(&other)),
         };
-        let text = serde_json::to_vec(&saved.description).map_err(|error| {
+        let description = match keep {
+            Keep::OnDisk => Description {
+                files: files_of(&saved.files)?,
+                ..saved.description.clone()
+            },
+            Keep::ForNow => saved.description.clone(),
+        };
+        let text = serde_json::to_vec(&description).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not describe the snapshot").because(error)
         })?;
         let path = saved.files.path().join(DESCRIPTION);
@@ -692,6 +776,15 @@ fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
         return refuse(
             "its disk is shared, and may have one writer",
             "create it with --disk-mode isolated",
+        );
+    }
+    if let Some(volume) = row.spec.volumes.first() {
+        return refuse(
+            &format!(
+                "it has volume `{}`, which a copy can neither share nor have as it was",
+                volume.name
+            ),
+            "copy what is in the volume by `smolvm cp`, or create it without --volume",
         );
     }
     Ok(())

@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::network::NetworkSpec;
 use crate::ports::{self, PublishedPort};
 use crate::ssh::SshSpec;
+use crate::volumes::{self, VolumeUse};
 
 /// The image used when none is named.
 pub const DEFAULT_IMAGE: &str = "debian-12";
@@ -186,6 +187,8 @@ pub struct SandboxSpec {
     pub network: NetworkSpec,
     /// Who may come in by SSH; absent, it is not reached that way.
     pub ssh: Option<SshSpec>,
+    /// Volumes that are mounted in it.
+    pub volumes: Vec<VolumeUse>,
 }
 
 impl SandboxSpec {
@@ -208,6 +211,7 @@ impl SandboxSpec {
             ports: Vec::new(),
             network: NetworkSpec::off(),
             ssh: None,
+            volumes: Vec::new(),
         }
     }
 
@@ -274,6 +278,7 @@ impl SandboxSpec {
             )
             .hint("leave --ttl out, or give it more than 0s"));
         }
+        volumes::check(&self.volumes, std::iter::empty())?;
         self.network.check()
     }
 }

@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use smolvm_host::net::alloc::PortRange;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::{Durability, Os};
 use ssh_key::private::{Ed25519Keypair, KeypairData};
 use ssh_key::{Algorithm, LineEnding, PrivateKey, PublicKey};
@@ -175,7 +176,7 @@ impl Engine {
             return Ok(None);
         }
         let pool = self.config().settings.ssh.ports;
-        match listen(self.os(), store, &row.id, pool) {
+        match listen(self.os(), &HostSide::here(), store, &row.id, pool) {
             // Its keeper listens when it runs.
             Ok((host, _)) => Ok(Some(host.port)),
             Err(error) => {
@@ -237,12 +238,13 @@ impl Engine {
 /// [`ErrorKind::Busy`] if there is no port left, with the pool and how to enlarge it.
 pub fn listen(
     os: &Os,
+    side: &HostSide,
     store: &mut Store,
     id: &str,
     pool: PortRange,
 ) -> Result<(HostPort, OwnedFd)> {
     if let Some(host) = store.ssh_port(id)? {
-        match ports::listen(os, &host) {
+        match ports::listen(os, side, &host) {
             Err(error) if error.kind() == ErrorKind::Busy => store.forget_ssh_port(id)?,
             socket => return Ok((host, socket?)),
         }
@@ -251,13 +253,13 @@ pub fn listen(
     // Where to begin, so that two at once rarely meet.
     let seed = u64::from_str_radix(id, 16).unwrap_or(0);
     let host = store.allocate_ssh_port(id, SSH_ADDRESS.into(), pool, seed, |host| {
-        held = ports::listen(os, host).ok();
+        held = ports::listen(os, side, host).ok();
         held.is_some()
     })?;
     match held {
         Some(socket) => Ok((host, socket)),
         // Somebody else has given it this port meanwhile.
-        None => Ok((host, ports::listen(os, &host)?)),
+        None => Ok((host, ports::listen(os, side, &host)?)),
     }
 }
 

@@ -10,7 +10,9 @@
 //! thing changed. A running machine keeps its files open, so removing a template takes nothing from
 //! it.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -30,6 +32,7 @@ use crate::layout::SavedMachine;
 use crate::plan::{self, HostFacts};
 use crate::spec::{DiskMode, SandboxSpec};
 use crate::store::{SandboxRow, State, Store};
+use crate::volumes::VolumeLaunch;
 
 /// What a template is made of. Two sandboxes with equal ingredients may start from one template.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -78,6 +81,52 @@ struct Purpose {
     /// Whether the machine has a network device.
     #[serde(default)]
     nic: bool,
+    /// For each volume whether it is only read. What is in one, and how large it is, a machine learns
+    /// at its birth.
+    #[serde(default)]
+    volumes: Vec<bool>,
+}
+
+/// What is written down of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Description {
+    #[serde(flatten)]
+    ingredients: Ingredients,
+    /// Its files as they were when it was made, by name. Nobody writes to them afterwards.
+    files: BTreeMap<String, FileMark>,
+}
+
+/// What shows that a file was written to or replaced, without reading it (stat(2)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct FileMark {
+    inode: u64,
+    bytes: u64,
+    /// Nanoseconds since 1970.
+    modified_ns: i64,
+    changed_ns: i64,
+}
+
+/// The marks of a template's files that are there.
+fn marks(template: &SavedMachine) -> Result<BTreeMap<String, FileMark>> {
+    let mut marks = BTreeMap::new();
+    for path in [template.memory(), template.state(), template.disk()] {
+        let metadata = match std::fs::symlink_metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io(format!("could not look at {}", path.display()), error)),
+        };
+        let time =
+            |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
+        let mark = FileMark {
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            modified_ns: time(metadata.mtime(), metadata.mtime_nsec()),
+            changed_ns: time(metadata.ctime(), metadata.ctime_nsec()),
+        };
+        let name = path.file_name().unwrap_or_default();
+        marks.insert(name.to_string_lossy().into_owned(), mark);
+    }
+    Ok(marks)
 }
 
 /// The MAC address of templates, which never send: locally administered, and no guest's.
@@ -108,6 +157,11 @@ impl Ingredients {
                 memory_mib: vm.memory_mib,
                 disk_mib: (row.spec.disk_mode != DiskMode::Memory).then_some(row.spec.disk_mib),
                 nic: vm.nic.is_some(),
+                volumes: launch
+                    .volumes
+                    .iter()
+                    .map(|volume| volume.read_only)
+                    .collect(),
             },
             boot: smolvm_host::process::boot_id()?,
             cpu: facts::cpu()?,
@@ -170,22 +224,26 @@ fn hash(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// The template of these ingredients, if it is there.
+/// The template of these ingredients, if it is there whole. One whose files were damaged is not: the next
+/// build takes its place.
 pub(crate) fn find(assets: &Assets<'_>, ingredients: &Ingredients) -> Result<Option<SavedMachine>> {
     let template = SavedMachine::new(ingredients.dir(&assets.layout.templates()));
-    match std::fs::read(description(&template)) {
-        Ok(bytes) => {
-            // The name is a hash; what it stands for is compared.
-            let same = serde_json::from_slice::<Ingredients>(&bytes)
-                .is_ok_and(|known| known == *ingredients);
-            Ok(same.then_some(template))
+    let bytes = match std::fs::read(description(&template)) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            return Err(io(
+                format!("could not read {}", description(&template).display()),
+                error,
+            ));
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(io(
-            format!("could not read {}", description(&template).display()),
-            error,
-        )),
-    }
+    };
+    let Ok(known) = serde_json::from_slice::<Description>(&bytes) else {
+        return Ok(None);
+    };
+    // The name is a hash; what it stands for is compared.
+    let whole = known.ingredients == *ingredients && known.files == marks(&template)?;
+    Ok(whole.then_some(template))
 }
 
 /// Told about a build, and able to end it.
@@ -281,13 +339,19 @@ fn build(
         os.copy_sparse("make the template's disk", &empty, &making.disk())?;
     }
     let plan = Launch {
-        vm: template_plan(&launch.vm, making),
+        vm: template_plan(launch, making),
         snapshot: Some(making.state()),
         ports: Vec::new(),
         // Its device leads nowhere, so it needs nothing of the host's network.
         network: None,
         ..launch.clone()
     };
+    let slots = &plan.vm.disks[plan.vm.disks.len() - plan.volumes.len()..];
+    for slot in slots {
+        let doing = "make the place of a volume";
+        let disk = os.create_file(doing, &slot.path, 0o600)?;
+        os.effect(doing, &slot.path, || disk.set_len(SLOT_BYTES))?;
+    }
     let file = making.path().join("launch.json");
     let text = serde_json::to_vec(&plan).map_err(|error| {
         Error::new(ErrorKind::Internal, "could not write the launch file").because(error)
@@ -342,7 +406,14 @@ fn build(
         .because(said.trim().to_owned()));
     }
     os.remove_file("remove the launch file", &file)?;
-    let text = serde_json::to_vec(ingredients).map_err(|error| {
+    for slot in slots {
+        os.remove_file("remove the place of a volume", &slot.path)?;
+    }
+    let known = Description {
+        ingredients: ingredients.clone(),
+        files: marks(making)?,
+    };
+    let text = serde_json::to_vec(&known).map_err(|error| {
         Error::new(ErrorKind::Internal, "could not describe the template").because(error)
     })?;
     os.write_file_atomic(
@@ -355,8 +426,13 @@ fn build(
     Ok(())
 }
 
+/// Size of the disks that are in the place of volumes while a template is made.
+const SLOT_BYTES: u64 = 1 << 20;
+
 /// The machine of a template: that of the sandbox with the template's own files.
-fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
+fn template_plan(launch: &Launch, making: &SavedMachine) -> VmPlan {
+    let vm = &launch.vm;
+    let volumes = launch.volumes.len();
     let mut vm = VmPlan {
         name: "smolvm-template".to_owned(),
         memory: Memory::File(making.memory()),
@@ -366,8 +442,12 @@ fn template_plan(vm: &VmPlan, making: &SavedMachine) -> VmPlan {
     if let Some(nic) = &mut vm.nic {
         *nic = NicPlan { mac: TEMPLATE_MAC };
     }
-    for disk in vm.disks.iter_mut().filter(|disk| !disk.read_only) {
+    let own = vm.disks.len() - volumes;
+    for disk in vm.disks[..own].iter_mut().filter(|disk| !disk.read_only) {
         disk.path = making.disk();
+    }
+    for (number, disk) in vm.disks[own..].iter_mut().enumerate() {
+        disk.path = making.path().join(format!("volume-{number}"));
     }
     vm
 }
@@ -406,6 +486,8 @@ pub struct TemplateShape {
     pub disk_mib: Option<u32>,
     /// Whether it has a network device.
     pub nic: bool,
+    /// How many volumes it has room for.
+    pub volumes: usize,
 }
 
 /// A template that was asked for.
@@ -423,6 +505,8 @@ struct Found {
     id: String,
     /// Absent if it cannot be read.
     ingredients: Option<Ingredients>,
+    /// Whether its files are other than they were made.
+    damaged: bool,
 }
 
 impl Engine {
@@ -456,9 +540,12 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<BuiltTemplate> {
         spec.check()?;
+        let nic = spec.network.needs_device();
+        if nic {
+            self.network_mode()?;
+        }
         let mut store = self.store()?;
         let row = self.unmade_row(&store, spec)?;
-        let nic = spec.network.needs_device();
         let facts = self.host_facts(&mut store, &row, nic)?;
         if let Some(reason) = self.why_no_template(&row) {
             return Err(Error::new(
@@ -467,7 +554,7 @@ impl Engine {
             )
             .because(reason));
         }
-        let launch = self.template_launch(&row, &facts, nic)?;
+        let launch = self.template_launch(&row, &facts, nic, &[])?;
         let attention = Attention { watcher, cancel };
         let keeper = &self.config().keeper;
         let (template, built) = obtain(&self.assets(), keeper, &row, &launch, Some(attention))?;
@@ -475,6 +562,7 @@ impl Engine {
         let found = Found {
             id: ingredients.id(),
             ingredients: Some(ingredients),
+            damaged: false,
             dir: template.path().to_owned(),
         };
         Ok(BuiltTemplate {
@@ -563,12 +651,14 @@ impl Engine {
             let Some((_, id)) = name.split_once('-').filter(|_| !name.contains(MAKING)) else {
                 continue;
             };
-            let ingredients = std::fs::read(dir.join(DESCRIPTION))
+            let known = std::fs::read(dir.join(DESCRIPTION))
                 .ok()
-                .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+                .and_then(|bytes| serde_json::from_slice::<Description>(&bytes).ok());
+            let marks = marks(&SavedMachine::new(dir.clone()))?;
             found.push(Found {
                 id: id.to_owned(),
-                ingredients,
+                damaged: known.as_ref().is_some_and(|known| known.files != marks),
+                ingredients: known.map(|known| known.ingredients),
                 dir,
             });
         }
@@ -592,6 +682,7 @@ impl Engine {
                 memory_mib: purpose.memory_mib,
                 disk_mib: purpose.disk_mib,
                 nic: purpose.nic,
+                volumes: purpose.volumes.len(),
             }
         });
         let modified = std::fs::metadata(&found.dir).and_then(|dir| dir.modified());
@@ -618,6 +709,9 @@ impl Engine {
         if known.boot != smolvm_host::process::boot_id()? {
             return stale("the host was started again");
         }
+        if found.damaged {
+            return stale("its files were changed since it was made");
+        }
         let images = store.images()?;
         let Some(image) = images.iter().find(|image| image.digest == purpose.image) else {
             return stale("its image was removed or replaced");
@@ -638,15 +732,29 @@ impl Engine {
             Ok(facts) => facts,
             Err(error) => return stale(&error.in_one_line()),
         };
-        let launch = self.template_launch(&row, &facts, purpose.nic)?;
+        let launch = self.template_launch(&row, &facts, purpose.nic, &purpose.volumes)?;
         Ok(known
             .changed(&Ingredients::of(&row, &launch, &self.config().keeper)?)
             .map(str::to_owned))
     }
 
     /// The launch of a sandbox that is only thought of, and so has no network even if it has a device.
-    fn template_launch(&self, row: &SandboxRow, facts: &HostFacts, nic: bool) -> Result<Launch> {
-        let mut launch = plan::plan(row, self.layout(), facts, &myself()?, None);
+    fn template_launch(
+        &self,
+        row: &SandboxRow,
+        facts: &HostFacts,
+        nic: bool,
+        volumes: &[bool],
+    ) -> Result<Launch> {
+        let volumes = volumes.iter().map(|read_only| VolumeLaunch {
+            path: PathBuf::new(),
+            bytes: SLOT_BYTES,
+            device: String::new(),
+            target: String::new(),
+            read_only: *read_only,
+        });
+        let volumes = volumes.collect();
+        let mut launch = plan::plan(row, self.layout(), facts, &myself()?, None, volumes);
         launch.vm.nic = nic.then_some(NicPlan { mac: TEMPLATE_MAC });
         Ok(launch)
     }
@@ -696,6 +804,7 @@ mod tests {
                 memory_mib: 512,
                 disk_mib: Some(4096),
                 nic: false,
+                volumes: Vec::new(),
             },
             boot: "b".to_owned(),
             cpu: "Xeon, stepping 7, 0".to_owned(),
@@ -763,6 +872,8 @@ mod tests {
             |now| now.cpus = 2,
             |now| now.memory_mib = 256,
             |now| now.disk_mib = None,
+            |now| now.volumes = vec![true],
+            |now| now.volumes = vec![false],
         ] {
             let mut now = ingredients();
             change(&mut now.purpose);

@@ -75,6 +75,17 @@ pub const KERNEL_PROGRAMS: &[Program] = &[
     kernel_program("bc", "bc"),
 ];
 
+/// What the network of an ordinary user's sandboxes needs.
+pub const USER_NETWORK_PROGRAMS: &[Program] = &[Program {
+    name: PASTA,
+    package: "passt",
+    why: "connect networks of an ordinary user's sandboxes with the host's",
+    ordinary_users_only: true,
+}];
+
+/// The program that connects an ordinary user's network with the host's.
+pub const PASTA: &str = "pasta";
+
 /// A header of the C library, which the kernel's own tools are compiled with.
 const LIBC_HEADER: &str = "/usr/include/stdio.h";
 
@@ -224,8 +235,11 @@ pub(crate) fn missing_program(path: &Path) -> HostError {
         path.display().to_string(),
     )
     .because("the program is not installed");
-    let known = PROGRAMS.iter().chain(KERNEL_PROGRAMS);
-    match known.into_iter().find(|p| p.name == name) {
+    let mut known = PROGRAMS
+        .iter()
+        .chain(KERNEL_PROGRAMS)
+        .chain(USER_NETWORK_PROGRAMS);
+    match known.find(|p| p.name == name) {
         Some(p) => error.hinting(format!(
             "Install the package {} (as root: apt-get install {}); it is needed to {}.",
             p.package, p.package, p.why
@@ -261,6 +275,9 @@ mod tests {
         let error = programs.find("newuidmap").unwrap_err();
         assert_eq!(error.kind(), HostErrorKind::MissingProgram);
         assert!(error.hint().unwrap().contains("uidmap"));
+        // Not missed by who has no network, and named to who wants one.
+        let error = programs.find(PASTA).unwrap_err();
+        assert!(error.hint().unwrap().contains("passt"));
     }
 
     #[test]

@@ -125,6 +125,10 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                         }));
                     }
                 }
+                Ok(Request::Shutdown(_)) => {
+                    let _ = machine.console.write_all(b"going down\n");
+                    event(Event::Done);
+                }
                 _ => event(Event::Done),
             }
         }

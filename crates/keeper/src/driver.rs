@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -22,15 +23,16 @@ use smolvm_engine::layout::Layout;
 use smolvm_engine::ports::{self, Bound};
 use smolvm_engine::store::{State, Store};
 use smolvm_engine::teardown;
-use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort};
+use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort, VolumeLaunch};
 use smolvm_host::ProcessIdentity;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{
-    CaptureRequest, Done, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest, PortMapping,
-    PortPlace, Ready, StopRequest,
+    CaptureRequest, Done, GrowDiskRequest, KeeperEvent, KeeperFailure, KeeperReason, KeeperRequest,
+    PortMapping, PortPlace, Ready, StopRequest,
 };
-use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest};
+use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest, Volume};
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Frame, Kind};
 use smolvm_vmm::{Accel, Exit, Vm};
@@ -174,6 +176,8 @@ pub(crate) struct Driver {
     ttl: Option<Instant>,
     vmm_us: u64,
     pub(crate) vm: Box<dyn Vm>,
+    /// Where the host's network is, and so its ports.
+    pub(crate) host: Arc<HostSide>,
     pub(crate) network: Option<Network>,
     pub(crate) guest: Outgoing,
     guest_writing: JoinHandle<()>,
@@ -197,6 +201,17 @@ pub(crate) struct Driver {
     waiting_destroy: Vec<Waiter>,
     pub(crate) ports: Ports,
     pub(crate) inbox: mpsc::Sender<Input>,
+    /// Set once it is to be removed as soon as its guest has written to its volumes what it has for them.
+    doomed: Option<&'static str>,
+}
+
+/// What a sandbox has outside its machine.
+#[derive(Debug)]
+pub(crate) struct Outside {
+    /// Where the host's network is.
+    pub(crate) host: Arc<HostSide>,
+    pub(crate) network: Option<Network>,
+    pub(crate) ports: Vec<Bound>,
 }
 
 /// Owns a machine that was just started, until it is off.
@@ -204,10 +219,14 @@ pub(crate) async fn run(
     launch: Launch,
     begun: Instant,
     started: Started,
-    network: Option<Network>,
+    outside: Outside,
     listener: StdUnixListener,
-    ports: Vec<Bound>,
 ) -> Result<(), KeeperError> {
+    let Outside {
+        host,
+        network,
+        ports,
+    } = outside;
     let Started {
         mut vm,
         channel,
@@ -269,6 +288,7 @@ pub(crate) async fn run(
         ttl: None,
         vmm_us,
         vm,
+        host,
         network,
         guest,
         guest_writing,
@@ -294,6 +314,7 @@ pub(crate) async fn run(
         ports: Ports::new(&launch.name, inbox.clone(), ports),
         inbox,
         launch,
+        doomed: None,
     };
     let ended = greeting.and_then(|frame| driver.hear_hello(&frame));
     let end = match ended {
@@ -359,10 +380,56 @@ impl Driver {
                     self.stop(u64::try_from(TERM_GRACE.as_millis()).unwrap_or(0)).await
                 }
             };
-            if let Some(end) = end {
-                return end;
+            match end {
+                None => {}
+                Some(End::Destroy { why }) if self.writes_first(why).await => {}
+                Some(End::Stopped { forced }) => {
+                    return match self.doomed {
+                        Some(why) => End::Destroy { why },
+                        None => End::Stopped { forced },
+                    };
+                }
+                Some(end) => return end,
             }
         }
+    }
+
+    /// Whether the sandbox is not to go before its guest has written to its volumes what it has for them.
+    /// A guest that serves is then asked to go down at once, and has a bounded time for that.
+    async fn writes_first(&mut self, why: &'static str) -> bool {
+        if self.doomed.is_some() {
+            return true;
+        }
+        if !self.launch.writes_to_volumes() {
+            return false;
+        }
+        match &mut self.phase {
+            Phase::Serving(_) => {
+                if self.move_on().await.is_err() {
+                    return false;
+                }
+                self.ask_to_go_down(0);
+            }
+            Phase::Stopping { deadline } => {
+                *deadline = (*deadline).min(Instant::now() + SYNC_TIME);
+            }
+            Phase::Booting { .. } | Phase::Warming { .. } | Phase::Parked(_) => return false,
+        }
+        self.ttl = None;
+        self.doomed = Some(why);
+        true
+    }
+
+    /// Asks the guest to go down, with so many milliseconds for its processes.
+    fn ask_to_go_down(&mut self, grace_ms: u64) {
+        self.guest.send(Frame::message(
+            SHUTDOWN_STREAM,
+            Kind::Open,
+            &Request::Shutdown(ShutdownRequest { grace_ms }),
+        ));
+        self.phase = Phase::Stopping {
+            deadline: Instant::now() + Duration::from_millis(grace_ms) + SYNC_TIME,
+        };
     }
 
     fn welcome(&mut self, socket: StdUnixStream) {
@@ -498,6 +565,8 @@ impl Driver {
                 Some(network) if !same => Some(network.told()),
                 _ => None,
             },
+            volumes: (!same && !self.launch.volumes.is_empty())
+                .then(|| self.launch.volumes.iter().map(volume).collect()),
         })
     }
 
@@ -557,7 +626,14 @@ impl Driver {
         }
         // Before anybody hears that it serves, so that it can be entered at once.
         let line = Line::new(&self.launch.name, self.inbox.clone());
-        match ssh::listen(&self.layout, &mut self.store, &self.launch, line) {
+        let listener = ssh::listen(
+            &self.layout,
+            &self.host,
+            &mut self.store,
+            &self.launch,
+            line,
+        );
+        match listener {
             Ok(listener) => self.ssh = listener,
             // The sandbox is of use without it.
             Err(error) => tracing::error!("SSH is not served: {}", error.chain()),
@@ -690,6 +766,11 @@ impl Driver {
                 self.answer_done(waiter, set);
                 None
             }
+            KeeperRequest::GrowDisk(GrowDiskRequest { disk_mib }) => {
+                let grown = self.grow_disk(disk_mib).await;
+                self.answer_done(waiter, grown);
+                None
+            }
             KeeperRequest::WriteDenied => {
                 let path = self.layout.sandbox(&self.launch.id).denied();
                 let written = match &self.network {
@@ -700,6 +781,41 @@ impl Driver {
                 None
             }
         }
+    }
+
+    /// Records the new size of the sandbox's own disk, and makes it that large.
+    async fn grow_disk(&mut self, disk_mib: u32) -> smolvm_engine::Result<()> {
+        let name = &self.launch.name;
+        let serves = matches!(self.phase, Phase::Serving(_));
+        if !serves || !matches!(self.motion, Motion::Moving) {
+            let what = format!("sandbox `{name}` is paused, going down, or a pool's");
+            return Err(smolvm_engine::Error::new(ErrorKind::Busy, what));
+        }
+        let own = self.layout.sandbox(&self.launch.id).disk();
+        let found = self
+            .launch
+            .vm
+            .disks
+            .iter()
+            .position(|disk| disk.path == own);
+        let (Some(index), Some(row)) = (found, self.store.sandbox(&self.launch.id)?) else {
+            let what = format!("sandbox `{name}` has no disk of its own");
+            return Err(smolvm_engine::Error::new(ErrorKind::Unsupported, what));
+        };
+        smolvm_engine::check_size(&row.spec.name, row.spec.disk_mib, disk_mib)?;
+        self.store.set_disk_mib(&self.launch.id, disk_mib)?;
+        self.vm
+            .grow_disk(index, u64::from(disk_mib) << 20)
+            .await
+            .map_err(|error| {
+                let what = format!(
+                    "could not make the disk of sandbox `{}` larger",
+                    row.spec.name
+                );
+                smolvm_engine::Error::new(ErrorKind::Internal, what)
+                    .because(KeeperError::from(error).chain())
+                    .hint("it has the new size after its next start")
+            })
     }
 
     /// Takes a port and records it; it is served at once, or as soon as the guest serves.
@@ -714,7 +830,7 @@ impl Driver {
         };
         ports::check_room(self.ports.count())?;
         let wanted = [ports::published(mapping)?];
-        let bound = ports::take_all(&Os::new(), &self.store, &wanted)?;
+        let bound = ports::take_all(&Os::new(), &self.host, &self.store, &wanted)?;
         let published = bound[0].published;
         self.store.insert_port(&self.launch.id, &published)?;
         self.ports.hold(bound);
@@ -759,14 +875,7 @@ impl Driver {
         if let Err(error) = recorded {
             tracing::warn!(%error, "could not record the stop");
         }
-        self.guest.send(Frame::message(
-            SHUTDOWN_STREAM,
-            Kind::Open,
-            &Request::Shutdown(ShutdownRequest { grace_ms }),
-        ));
-        self.phase = Phase::Stopping {
-            deadline: Instant::now() + Duration::from_millis(grace_ms) + SYNC_TIME,
-        };
+        self.ask_to_go_down(grace_ms);
         None
     }
 
@@ -1057,6 +1166,16 @@ pub(crate) fn watch_starter(
         })
         .map(|_| ())
         .map_err(|error| KeeperError::io("watch the process that started the sandbox", error))
+}
+
+/// A volume as the guest is told of it.
+fn volume(launch: &VolumeLaunch) -> Volume {
+    Volume {
+        device: launch.device.clone(),
+        bytes: launch.bytes,
+        target: launch.target.clone().into_bytes().into(),
+        read_only: launch.read_only,
+    }
 }
 
 pub(crate) fn failure(message: String, console: Vec<String>) -> KeeperEvent {

@@ -18,20 +18,24 @@ mod ssh;
 mod still;
 mod template;
 
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::network;
-use smolvm_engine::store::{State, Store};
+use smolvm_engine::store::{NetworkMode, State, Store};
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use smolvm_vmm::{Backend, Memory, VmPlan};
 
+use crate::driver::Outside;
 use crate::error::KeeperError;
 use crate::net::Network;
 use crate::template::Started;
@@ -52,6 +56,7 @@ pub fn main(backends: Backends) -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     let words = [arguments.next(), arguments.next(), arguments.next()];
     let outcome = match words {
+        [Some(word), None, None] if word == "--try-network" => return try_network(),
         [Some(path), None, None] => keep(&PathBuf::from(path), backends),
         [Some(word), Some(path), None] if word == "--template" => {
             make_template(&PathBuf::from(path), backends)
@@ -80,19 +85,50 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
     // this process ends, after the reason has been recorded.
     let _waiting_clients = listener.try_clone();
     let mut launch = Launch::read(path)?;
-    let outcome = runtime()?.block_on(async {
-        let backend = backends(&launch.engine)
-            .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
-        let ports = smolvm_engine::ports::bind_all(&Os::new(), &launch.ports)?;
-        let network = Network::set_up(&Os::new(), &mut launch).await?;
-        let started = start(backend.as_ref(), &launch, network.as_ref()).await?;
-        driver::run(launch.clone(), begun, started, network, listener, ports).await
+    let outcome = leave_host(&launch).and_then(|host| {
+        let host = Arc::new(host);
+        runtime()?.block_on(async {
+            let backend = backends(&launch.engine)
+                .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
+            let ports = smolvm_engine::ports::bind_all(&Os::new(), &host, &launch.ports)?;
+            let network = Network::set_up(&Os::new(), &host, &mut launch).await?;
+            let started = start(backend.as_ref(), &launch, network.as_ref()).await?;
+            let outside = Outside {
+                host,
+                network,
+                ports,
+            };
+            driver::run(launch.clone(), begun, started, outside, listener).await
+        })
     });
     if let Err(error) = &outcome {
         give_up(&launch, error);
     }
     drop(lock);
     outcome
+}
+
+/// Moves this process, which has one thread still, to a network of its own where that is the sandbox's
+/// mode. Says where the host's is.
+fn leave_host(launch: &Launch) -> Result<HostSide, KeeperError> {
+    match &launch.network {
+        Some(network) if network.mode == NetworkMode::User => Ok(network::leave_host(&Os::new())?),
+        _ => Ok(HostSide::here()),
+    }
+}
+
+/// Finds out whether this user may have networks of its own, and says why not and what helps, each on a
+/// line.
+fn try_network() -> ExitCode {
+    let Err(error) = network::try_to_leave_host(&Os::new()) else {
+        return ExitCode::SUCCESS;
+    };
+    let hint = error.hint_text().unwrap_or_default();
+    let said = writeln!(std::io::stdout(), "{}\n{hint}", error.in_one_line());
+    if let Err(error) = said {
+        tracing::error!(%error, "could not say what was found");
+    }
+    ExitCode::FAILURE
 }
 
 /// Starts the machine: from a template if there is one, by booting otherwise. A template that
@@ -126,9 +162,14 @@ async fn start(
 
 /// Builds a template for whoever holds the other end of standard input.
 fn make_template(path: &Path, backends: Backends) -> Result<(), KeeperError> {
+    let launch = Launch::read(path)?;
+    // Before there is a second thread.
+    let _host = match launch.vm.nic {
+        Some(_) if !network::may_leave_namespaces()? => Some(network::leave_host(&Os::new())?),
+        _ => None,
+    };
     let abandoned =
         template::stdin_closed().map_err(|error| KeeperError::io("watch standard input", error))?;
-    let launch = Launch::read(path)?;
     runtime()?.block_on(async {
         let backend = backends(&launch.engine)
             .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;

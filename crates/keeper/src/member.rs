@@ -103,7 +103,7 @@ impl Driver {
             return None;
         }
         let identity = identity(&claim).and_then(|mut identity| {
-            let held = ports::take_all(&Os::new(), &self.store, &identity.ports)?;
+            let held = ports::take_all(&Os::new(), &self.host, &self.store, &identity.ports)?;
             identity.ports = held.iter().map(|bound| bound.published).collect();
             Ok((identity, held))
         });

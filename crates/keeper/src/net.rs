@@ -2,7 +2,8 @@
 //! word of somebody emptying the host's firewall.
 //!
 //! All of it is made in the network namespace of the thread that calls [`Network::set_up`], the
-//! keeper's main thread, and of threads it starts afterwards. Nothing here knows which one that is.
+//! keeper's main thread, and of threads it starts afterwards. In mode `user` that is one of its own, which
+//! is connected with the host's first; nothing else here knows which one it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -21,6 +22,7 @@ use smolvm_engine::{Error, ErrorKind};
 use smolvm_host::HostError;
 use smolvm_host::net::dns::{DeniedLookup, DeniedReason, Resolver, Rules, Sink};
 use smolvm_host::net::nft::{Firewall, Guest, Loss, Reach, Watch};
+use smolvm_host::net::user::{HostSide, Uplink};
 use smolvm_host::os::{Durability, Os};
 use smolvm_proto::message;
 use tokio::sync::watch;
@@ -36,6 +38,9 @@ mod tests;
 /// guest may ask for as many as it likes; the ones asked for last are kept.
 const NAMES_MAX: usize = 1024;
 
+/// How often a sandbox's network is connected with the host's anew.
+const RECONNECTS_MAX: u32 = 16;
+
 /// Addresses that are tried if others on this host have them, who use another data directory.
 const ADDRESSES_TRIED: usize = 16;
 
@@ -48,7 +53,7 @@ pub(crate) struct Network {
     rules: watch::Sender<Arc<Rules>>,
     resolver: JoinHandle<()>,
     resolver_port: std::num::NonZeroU16,
-    /// Ends the thread that watches the firewall when it is written to.
+    /// Ends the threads that watch the firewall and the connection with the host when it is written to.
     stop_watching: OwnedFd,
 }
 
@@ -73,16 +78,26 @@ struct State {
 impl Network {
     /// Makes the network a launch asks for. If somebody else on the host has the address, the launch
     /// gets another one, in the store as well.
-    pub(crate) async fn set_up(os: &Os, launch: &mut Launch) -> Result<Option<Self>, KeeperError> {
-        if launch.network.is_none() {
+    pub(crate) async fn set_up(
+        os: &Os,
+        host: &Arc<HostSide>,
+        launch: &mut Launch,
+    ) -> Result<Option<Self>, KeeperError> {
+        let Some(network) = &launch.network else {
             return Ok(None);
-        }
+        };
+        // First, since what is forwarded is forwarded to its device. Nothing else runs here yet that
+        // could not wait for it.
+        let uplink = match &network.uplink {
+            Some(program) => Some(Uplink::start(os, program, host).map_err(Error::from)?),
+            None => None,
+        };
         let mut avoid = BTreeSet::new();
         loop {
             let Some(network) = &launch.network else {
                 return Ok(None);
             };
-            match Self::try_set_up(os, network).await {
+            match Self::try_set_up(os, host, network).await {
                 Err(KeeperError::Engine(error))
                     if error.kind() == ErrorKind::AlreadyExists
                         && avoid.len() < ADDRESSES_TRIED =>
@@ -90,12 +105,25 @@ impl Network {
                     avoid.insert(network.address);
                     take_another_address(launch, &avoid)?;
                 }
-                other => return other.map(Some),
+                Ok(network) => {
+                    if let Some(uplink) = uplink {
+                        let stopped = network.stop_watching.try_clone();
+                        let stopped =
+                            stopped.map_err(|error| KeeperError::io("watch the network", error))?;
+                        keep_connected(os, host, &network.launch, uplink, stopped)?;
+                    }
+                    return Ok(Some(network));
+                }
+                Err(error) => return Err(error),
             }
         }
     }
 
-    async fn try_set_up(os: &Os, launch: &NetworkLaunch) -> Result<Self, KeeperError> {
+    async fn try_set_up(
+        os: &Os,
+        host: &Arc<HostSide>,
+        launch: &NetworkLaunch,
+    ) -> Result<Self, KeeperError> {
         let mut link = Link::make(os, launch)?;
         let shared = Arc::new(Shared {
             os: os.clone(),
@@ -109,7 +137,8 @@ impl Network {
         let (rules, told) = watch::channel(Arc::new(launch.spec.rules()));
         let sink = Arc::new(Told(Arc::clone(&shared)));
         let servers = network::name_servers(os, &launch.config)?;
-        let resolver = Resolver::bind(launch.gateway, launch.address, servers, told, sink)
+        let upstream = (Arc::clone(host), servers);
+        let resolver = Resolver::bind(launch.gateway, launch.address, upstream, told, sink)
             .await
             .map_err(|error| KeeperError::io("listen for the guest's lookups", error))?;
         let resolver_port = resolver
@@ -253,6 +282,57 @@ impl Drop for Network {
     }
 }
 
+/// Connects a network with the host's anew whenever somebody ends the program that does it, until
+/// `stopped` can be read; then ends that program.
+fn keep_connected(
+    os: &Os,
+    host: &Arc<HostSide>,
+    launch: &NetworkLaunch,
+    uplink: Uplink,
+    stopped: OwnedFd,
+) -> Result<(), KeeperError> {
+    let (os, host, launch) = (os.clone(), Arc::clone(host), launch.clone());
+    let connect = move || {
+        let program = launch.uplink.as_deref().unwrap_or(Path::new("pasta"));
+        let uplink = Uplink::start(&os, program, &host)?;
+        // Its device is another.
+        network::forward(&os, &launch)?;
+        Ok::<_, Error>(uplink)
+    };
+    let watch = move || {
+        let mut uplink = uplink;
+        for _ in 0..RECONNECTS_MAX {
+            let mut fds = [
+                PollFd::new(&uplink, PollFlags::IN),
+                PollFd::new(&stopped, PollFlags::IN),
+            ];
+            if rustix::io::retry_on_intr(|| poll(&mut fds, None)).is_err()
+                || !fds[1].revents().is_empty()
+            {
+                return;
+            }
+            tracing::warn!("the network's connection with the host has ended; it is made anew");
+            match connect() {
+                Ok(another) => uplink = another,
+                Err(error) => {
+                    let reason = error.in_one_line();
+                    tracing::error!(reason, "the sandbox has no network any more");
+                    return;
+                }
+            }
+        }
+        tracing::error!("the network's connection ends again and again; it is left as it is");
+        // It is not to end because of that.
+        std::mem::forget(uplink);
+    };
+    std::thread::Builder::new()
+        .name("uplink-watch".to_owned())
+        .stack_size(256 * 1024)
+        .spawn(watch)
+        .map(drop)
+        .map_err(|error| KeeperError::io("watch the network's connection", error))
+}
+
 /// Gives a launch another address: in the store, and in everything that follows from it.
 fn take_another_address(
     launch: &mut Launch,
@@ -265,7 +345,7 @@ fn take_another_address(
     let mut store = Store::open(&layout.database())?;
     // Nothing of it exists: the device could not be made.
     store.delete_network(&launch.id)?;
-    let row = network::allocate(&mut store, &launch.id, &network.config, avoid)?;
+    let row = network::allocate(&mut store, &launch.id, network.mode, &network.config, avoid)?;
     network.address = row.address;
     network.run = row.run;
     if let Some(nic) = &mut launch.vm.nic {

@@ -30,7 +30,9 @@ async fn life(engine: &Engine) -> Result<()> {
     let (session, _) = engine.start("a").await?;
     assert_eq!(output(&session, &["hello"]).await?, "hello");
     engine.unpublish("a", &published.host).await?;
+    engine.grow_disk("a", 5000).await?;
     engine.stop("a", Duration::from_secs(5)).await?;
+    engine.grow_disk("a", 6000).await?;
     let (session, _) = engine.start("a").await?;
     assert_eq!(output(&session, &["again"]).await?, "again");
     engine.delete("a").await
@@ -55,6 +57,20 @@ async fn copies(engine: &Engine) -> Result<()> {
         engine.delete(name).await?;
     }
     engine.remove_snapshot("s")
+}
+
+/// A volume is made, used by one sandbox and by another, and removed.
+async fn with_volumes(engine: &Engine) -> Result<()> {
+    engine.create_volume(&"data".parse()?, 64)?;
+    for name in ["a", "b"] {
+        let mut spec = spec(name);
+        spec.volumes = vec!["data:/srv".parse()?];
+        engine.create(&spec)?;
+        let (session, _) = engine.start(name).await?;
+        assert_eq!(output(&session, &["hello"]).await?, "hello");
+        engine.delete(name).await?;
+    }
+    engine.remove_volume("data")
 }
 
 /// A pool for sandboxes like [`spec`]'s.
@@ -178,6 +194,10 @@ async fn each_effect_fails(life: impl AsyncFn(&Engine) -> Result<()>, modes: &[M
                 let deleted = engine.delete(sandbox.name.as_str()).await;
                 deleted.unwrap_or_else(|error| panic!("{what}: {error:?}"));
             }
+            for volume in engine.volumes().expect("a list") {
+                let removed = engine.remove_volume(volume.name.as_str());
+                removed.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            }
             home.assert_clean(&what);
             let second = life(&engine).await;
             second.unwrap_or_else(|error| panic!("{what}, second try: {error:?}"));
@@ -200,6 +220,38 @@ async fn whatever_effect_of_a_copy_fails_the_next_command_repairs() {
 #[tokio::test]
 async fn whatever_effect_of_a_pool_fails_the_next_command_repairs() {
     each_effect_fails(pooled, &[(false, full), (true, full)], 20).await;
+}
+
+#[tokio::test]
+async fn whatever_effect_of_a_volume_fails_the_next_command_repairs() {
+    each_effect_fails(with_volumes, &[(false, full), (true, full)], 20).await;
+}
+
+/// A guest is asked to write out what it has for a volume, however its sandbox is removed; one that does
+/// not answer has a bounded time for it.
+#[tokio::test]
+async fn a_sandbox_that_writes_to_a_volume_goes_down_in_order() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine
+        .create_volume(&"data".parse().expect("a name"), 64)
+        .expect("a volume");
+    for (mode, asked) in [("", 1), (":ro", 0)] {
+        let mut spec = spec("a");
+        spec.volumes = vec![format!("data:/srv{mode}").parse().expect("a volume")];
+        engine.create(&spec).expect("created");
+        let (session, _) = engine.start("a").await.expect("started");
+        let log = home.layout().sandbox(&engine.info("a").expect("a row").id);
+        let console = log.console();
+        output(&session, &["hello"]).await.expect("output");
+        let kept = std::fs::File::open(&console).expect("a console's log");
+        engine.delete("a").await.expect("deleted");
+        home.wait_for_removals();
+        let said = std::io::read_to_string(&kept).expect("text");
+        assert_eq!(said.matches("going down").count(), asked, "{mode}: {said}");
+    }
+    engine.remove_volume("data").expect("removed");
+    home.assert_clean("after volumes");
 }
 
 #[tokio::test]

@@ -53,6 +53,18 @@ pub enum KeeperRequest {
     /// Writes what was denied to the sandbox to its file on the host. [`KeeperEvent::Done`].
     #[n(17)]
     WriteDenied,
+    /// Makes the sandbox's own disk larger and records it; its guest has to be told by
+    /// [`crate::message::Request::Grow`]. [`KeeperEvent::Done`].
+    #[n(18)]
+    GrowDisk(#[n(0)] GrowDiskRequest),
+}
+
+/// How large a sandbox's own disk is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct GrowDiskRequest {
+    /// MiB, not less than it has.
+    #[n(0)]
+    pub disk_mib: u32,
 }
 
 /// A place on the host at which its keeper listens.

@@ -56,6 +56,10 @@ pub enum Request {
     /// datagrams both ways, until the host ends the input: [`Event::Done`].
     #[n(11)]
     Datagrams(#[n(0)] DatagramsRequest),
+    /// Makes the writable layer's file system as large as its disk, which has been made larger:
+    /// [`Event::Done`].
+    #[n(12)]
+    Grow(#[n(0)] GrowRequest),
 }
 
 /// A command to run.
@@ -232,6 +236,26 @@ pub struct Birth {
     /// What its network device is to be. The device is left alone if absent; there may be none.
     #[n(7)]
     pub network: Option<Network>,
+    /// Disks to mount before anything else happens. None if absent.
+    #[n(8)]
+    pub volumes: Option<Vec<Volume>>,
+}
+
+/// A disk that is mounted beside the root file system.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Volume {
+    /// The device, such as `/dev/vdc`.
+    #[n(0)]
+    pub device: String,
+    /// Bytes of it. A machine that was saved with another disk in its place finds out.
+    #[n(1)]
+    pub bytes: u64,
+    /// Absolute path of its mount point, which is made.
+    #[n(2)]
+    pub target: ByteVec,
+    /// Whether it is only read.
+    #[n(3)]
+    pub read_only: bool,
 }
 
 /// The one network device of a machine: a link to its host and nobody else.
@@ -252,6 +276,14 @@ pub struct Network {
     /// The name server.
     #[n(4)]
     pub name_server: ByteArray<4>,
+}
+
+/// A disk that was made larger.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct GrowRequest {
+    /// Bytes the disk has now. The guest's kernel may learn of it a moment later.
+    #[n(0)]
+    pub bytes: u64,
 }
 
 /// How to go down.

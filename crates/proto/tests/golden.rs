@@ -11,13 +11,14 @@ use std::fmt::{Debug, Write as _};
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 use smolvm_proto::keeper::{
-    CaptureRequest, Captured, ClaimRequest, Done, KeeperEvent, KeeperFailure, KeeperReason,
-    KeeperRequest, NetworkPolicy, PortMapping, PortPlace, Ready, Starter, StopRequest,
+    CaptureRequest, Captured, ClaimRequest, Done, GrowDiskRequest, KeeperEvent, KeeperFailure,
+    KeeperReason, KeeperRequest, NetworkPolicy, PortMapping, PortPlace, Ready, Starter,
+    StopRequest,
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
-    ExtractRequest, Facts, Failure, FailureKind, ListRequest, Network, Program, Request,
-    ShutdownRequest, Started, WindowSize,
+    ExtractRequest, Facts, Failure, FailureKind, GrowRequest, ListRequest, Network, Program,
+    Request, ShutdownRequest, Started, Volume, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -176,6 +177,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         user: Some("nobody".to_owned()),
         same: None,
         network: None,
+        volumes: None,
     };
     let network = Network {
         address: [172, 16, 0, 2].into(),
@@ -237,6 +239,15 @@ fn requests() -> Vec<(&'static str, Request)> {
             network: Some(network),
             ..birth.clone()
         }),
+        Request::Birth(Birth {
+            volumes: Some(vec![Volume {
+                device: "/dev/vdc".to_owned(),
+                bytes: 1 << 30,
+                target: bytes("/srv"),
+                read_only: true,
+            }]),
+            ..birth.clone()
+        }),
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
@@ -258,6 +269,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         }),
         Request::Accept(AcceptRequest { connection: 7 }),
         Request::Datagrams(DatagramsRequest { to: internet() }),
+        Request::Grow(GrowRequest { bytes: 8 << 30 }),
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
@@ -272,6 +284,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::List(_) => "request.list",
         Request::Facts => "request.facts",
         Request::Birth(birth) if birth.same.is_some() => "request.birth.same",
+        Request::Birth(birth) if birth.volumes.is_some() => "request.birth.volumes",
         Request::Birth(birth) if birth.network.is_some() => "request.birth.network",
         Request::Birth(birth) if birth.user.is_some() => "request.birth.full",
         Request::Birth(_) => "request.birth.bare",
@@ -283,6 +296,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Listen(_) => "request.listen",
         Request::Accept(_) => "request.accept",
         Request::Datagrams(_) => "request.datagrams",
+        Request::Grow(_) => "request.grow",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }
@@ -450,6 +464,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         KeeperRequest::Claim(_) => "keeper-request.claim.bare",
         KeeperRequest::SetNetwork(_) => "keeper-request.set-network",
         KeeperRequest::WriteDenied => "keeper-request.write-denied",
+        KeeperRequest::GrowDisk(_) => "keeper-request.grow-disk",
     };
     let policy = NetworkPolicy {
         reach: "listed".to_owned(),
@@ -484,6 +499,7 @@ fn keeper_requests() -> Vec<(&'static str, KeeperRequest)> {
         }),
         KeeperRequest::SetNetwork(policy),
         KeeperRequest::WriteDenied,
+        KeeperRequest::GrowDisk(GrowDiskRequest { disk_mib: 8192 }),
         KeeperRequest::Claim(ClaimRequest {
             env: vec![env("LANG", "C.UTF-8")],
             cwd: Some("/srv".to_owned()),
@@ -746,7 +762,7 @@ fn a_field_this_version_does_not_know_is_skipped() {
     for (_, request) in requests() {
         match request {
             Request::Exec(exec) if exec.program.is_some() => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.network.is_some() => skips_a_field_more(&birth),
+            Request::Birth(birth) if birth.volumes.is_some() => skips_a_field_more(&birth),
             Request::Extract(extract) if extract.file.is_some() => skips_a_field_more(&extract),
             _ => {}
         }

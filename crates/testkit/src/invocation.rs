@@ -18,6 +18,7 @@ pub struct Invocation {
     command: Command,
     /// The program that runs it, if not we.
     around: Vec<OsString>,
+    user: Option<u32>,
     stdin: Option<Vec<u8>>,
 }
 
@@ -30,6 +31,7 @@ impl Invocation {
         Self {
             command,
             around: Vec::new(),
+            user: None,
             stdin: Some(Vec::new()),
         }
     }
@@ -51,16 +53,16 @@ impl Invocation {
     /// Has another program run it, which is given its own words, then those of this one.
     #[must_use]
     pub fn within(mut self, words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
-        self.around
-            .extend(words.into_iter().map(|word| word.as_ref().to_owned()));
+        let words = words.into_iter().map(|word| word.as_ref().to_owned());
+        // Around what is around it already.
+        self.around.splice(..0, words);
         self
     }
 
-    /// Runs it as another user and group.
+    /// Runs it as another user and group. What [runs it](Invocation::within) does not.
     #[must_use]
     pub fn user(mut self, id: u32) -> Self {
-        use std::os::unix::process::CommandExt as _;
-        self.command.uid(id).gid(id).current_dir("/");
+        self.user = Some(id);
         self
     }
 
@@ -122,7 +124,20 @@ impl Invocation {
     /// If it cannot be started.
     #[track_caller]
     pub fn spawn_unread(mut self) -> (Running, ChildStdout) {
+        use std::os::unix::process::CommandExt as _;
+
         let line = self.line();
+        if let Some(user) = self.user {
+            self.command.current_dir("/");
+            if self.around.is_empty() {
+                self.command.uid(user).gid(user);
+            } else {
+                let user = user.to_string();
+                let words = ["setpriv", "--reuid", &user, "--regid", &user];
+                self.around.extend(words.map(OsString::from));
+                self.around.push("--clear-groups".into());
+            }
+        }
         if let Some((program, words)) = self.around.split_first() {
             let mut command = Command::new(program);
             command.args(words).arg(self.command.get_program());

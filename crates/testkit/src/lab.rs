@@ -2,6 +2,7 @@
 //! leaves this machine, and nothing of the real host's network is touched.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
@@ -140,8 +141,9 @@ pub struct Lab {
     pub host: Namespace,
     server: Namespace,
     names: Arc<Mutex<BTreeMap<String, Ipv4Addr>>>,
-    /// File that names the server as the name server.
-    resolv_conf: tempfile::NamedTempFile,
+    /// What is in place of the machine's own: `resolv.conf`, the node of the TUN driver, which everybody
+    /// may open, and the directory for what lasts until the host is started anew.
+    own: tempfile::TempDir,
 }
 
 impl Lab {
@@ -152,6 +154,20 @@ impl Lab {
     /// If it cannot be made.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_name_server(IpAddr::V4(SERVER))
+    }
+
+    /// The same, whose name server is on the host and listens on its loopback device only.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be made.
+    #[must_use]
+    pub fn with_own_name_server() -> Self {
+        Self::with_name_server(IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    fn with_name_server(name_server: IpAddr) -> Self {
         let (host, server) = (Namespace::new(), Namespace::new());
         host.sh(&format!(
             "ip link add up0 type veth peer name srv0 netns {}",
@@ -172,16 +188,24 @@ impl Lab {
         let known = Arc::clone(&names);
         server.run(move || {
             say_hello(HELLO_PORT);
-            answer_lookups(known);
+            answer_lookups(SERVER, known);
         });
-        host.run(|| say_hello(HELLO_PORT));
-        let mut resolv_conf = tempfile::NamedTempFile::new().expect("a file");
-        writeln!(resolv_conf, "nameserver {SERVER}").expect("written");
+        let known = Arc::clone(&names);
+        host.run(move || {
+            say_hello(HELLO_PORT);
+            answer_lookups(Ipv4Addr::LOCALHOST, known);
+        });
+        let own = tempfile::tempdir().expect("a directory");
+        let resolv_conf = format!("nameserver {name_server}\n");
+        std::fs::write(own.path().join("resolv.conf"), resolv_conf).expect("written");
+        std::fs::create_dir(own.path().join("run")).expect("a directory");
+        let tun = own.path().join("tun");
+        host.sh(&format!("mknod --mode 0666 {} c 10 200", tun.display()));
         Self {
             host,
             server,
             names,
-            resolv_conf,
+            own,
         }
     }
 
@@ -198,10 +222,13 @@ impl Lab {
     /// If it cannot be started.
     #[track_caller]
     pub fn run(&self, invocation: Invocation) -> Finished {
-        let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
-        let invocation = invocation
-            .within(["unshare", "--mount", "--", "sh", "-c", script])
-            .within([self.resolv_conf.path()]);
+        let script = "mount --bind \"$0/resolv.conf\" /etc/resolv.conf && \
+                      mount --bind \"$0/tun\" /dev/net/tun && \
+                      mkdir -p /run/smolvm && mount --bind \"$0/run\" /run/smolvm && exec \"$@\"";
+        let words = ["unshare", "--mount", "--", "sh", "-c", script];
+        let own = self.own.path().as_os_str();
+        let words = words.into_iter().map(OsStr::new).chain([own]);
+        let invocation = invocation.within(words);
         self.host.run(move || invocation.run())
     }
 
@@ -266,9 +293,9 @@ fn say_hello(port: u16) {
 }
 
 /// A name server for the names there are, RFC 1035: one question, one address that holds for a second.
-fn answer_lookups(names: Arc<Mutex<BTreeMap<String, Ipv4Addr>>>) {
+fn answer_lookups(at: Ipv4Addr, names: Arc<Mutex<BTreeMap<String, Ipv4Addr>>>) {
     // Bound to one address, or answers come from another.
-    let socket = UdpSocket::bind((SERVER, 53)).expect("a socket");
+    let socket = UdpSocket::bind((at, 53)).expect("a socket");
     std::thread::spawn(move || {
         let mut buffer = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut buffer) {

@@ -143,6 +143,8 @@ pub enum Operation {
     Resume,
     /// [`Vm::snapshot`].
     Snapshot,
+    /// [`Vm::grow_disk`].
+    GrowDisk,
     /// [`Vm::kill`].
     Kill,
     /// [`Vm::wait`].
@@ -545,6 +547,22 @@ impl Vm for FakeVm {
         self.turn(Operation::Resume, State::Running)
     }
 
+    async fn grow_disk(&mut self, index: usize, bytes: u64) -> Result<(), VmError> {
+        let doing = || doing(Operation::GrowDisk, &self.plan.name);
+        self.shared.perform(Operation::GrowDisk, &self.plan.name)?;
+        match self.plan.disks.get(index) {
+            Some(disk) if !disk.read_only => File::options()
+                .write(true)
+                .open(&disk.path)
+                .and_then(|file| file.set_len(bytes))
+                .map_err(|error| VmError::new(VmErrorKind::Host, doing(), error)),
+            _ => {
+                let why = "it has no such disk that it may write to";
+                Err(VmError::new(VmErrorKind::Unsupported, doing(), why))
+            }
+        }
+    }
+
     async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError> {
         refuse_unsavable(&self.plan, memory)?;
         let doing = || doing(Operation::Snapshot, &self.plan.name);
@@ -631,6 +649,7 @@ fn doing(operation: Operation, name: &str) -> String {
         Operation::Restore => "restore",
         Operation::Pause => "pause",
         Operation::Resume => "resume",
+        Operation::GrowDisk => "make a disk larger of",
         Operation::Snapshot => "take a snapshot of",
         Operation::Kill => "kill",
         Operation::Wait => "wait for",

@@ -234,6 +234,20 @@ pub trait Vm: Debug + Send {
     /// may be paused.
     async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError>;
 
+    /// Makes a disk larger while the guest runs: its file, which is [`VmPlan::disks`]' number `index`, and
+    /// the device, of which the guest is told. Bytes that are added are zeros. Succeeds if it has that
+    /// size already.
+    ///
+    /// # Errors
+    ///
+    /// [`VmErrorKind::Unsupported`] if this backend cannot, or for a disk that is only read;
+    /// [`VmErrorKind::Exited`] if it is gone; [`VmErrorKind::Protocol`] if the VMM says no.
+    async fn grow_disk(&mut self, index: usize, bytes: u64) -> Result<(), VmError> {
+        let doing = format!("make disk {index} of {bytes} bytes");
+        let why = "this backend cannot change disks of a machine that runs";
+        Err(VmError::new(VmErrorKind::Unsupported, doing, why))
+    }
+
     /// Kills the VMM and does not wait for its end: the guest executes nothing more (signal(7):
     /// SIGKILL cannot be caught or blocked), while the host may be busy for some milliseconds with
     /// taking the process down. Idempotent; succeeds if it is gone already.

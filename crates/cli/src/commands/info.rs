@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 use smolvm_engine::ssh::SSH_ADDRESS;
-use smolvm_engine::{Engine, GuestFacts, SandboxInfo, State};
+use smolvm_engine::{Engine, GuestFacts, NetworkMode, SandboxInfo, State};
 
 use super::{Context, Outcome, block_on, network, port};
 use crate::report::CliError;
@@ -73,9 +73,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             "disk_size": info.disk_mib,
             "disk_mode": info.disk_mode.as_str(),
             "disk_used_bytes": info.disk_used_bytes,
-            "network_mode": info.address.map(|_| "tap"),
+            "network_mode": info.network_mode.map(NetworkMode::as_str),
             "network": network::describe(&info.network),
             "ports": port::describe_all(&info.ports),
+            "volumes": info.volumes.iter().map(|volume| json!({
+                "name": volume.name.as_str(),
+                "target": volume.target,
+                "read_only": volume.read_only,
+            })).collect::<Vec<_>>(),
             "bridge": null,
             "ephemeral": info.ephemeral,
             // Values may be secrets; names are enough to see what was set.
@@ -160,13 +165,22 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
     row("Environment", (!names.is_empty()).then(|| names.join(" ")));
     let ports: Vec<String> = info.ports.iter().map(ToString::to_string).collect();
     row("Ports", (!ports.is_empty()).then(|| ports.join(", ")));
+    for volume in &info.volumes {
+        let mode = if volume.read_only { ", read-only" } else { "" };
+        row(
+            "Volume",
+            Some(format!("{} at {}{mode}", volume.name, volume.target)),
+        );
+    }
     row("Directory", info.workdir.clone());
     row("User", info.user.clone());
     row(
         "Network",
-        Some(match info.address {
-            Some(address) => format!("{}, {address}", info.network),
-            None => info.network.to_string(),
+        Some(match (info.address, info.network_mode) {
+            (Some(address), Some(mode)) => {
+                format!("{}, {address} ({})", info.network, mode.as_str())
+            }
+            _ => info.network.to_string(),
         }),
     );
     row(

@@ -129,6 +129,14 @@ pub(crate) struct Machine {
     /// it, without HOST, or with 0, a free port is chosen
     #[arg(short, long, value_name = "PORT")]
     publish: Vec<String>,
+    /// Mount a volume: NAME:GUEST[:ro], such as data:/srv/data
+    #[arg(short, long, value_name = "NAME:GUEST[:ro]")]
+    volume: Vec<String>,
+    /// Log to standard error; twice for more
+    // In place of the global flag, whose short form means a volume here.
+    #[arg(id = "verbose", long, action = clap::ArgAction::Count)]
+    #[arg(help_heading = "Global options", display_order = 1000)]
+    _verbose: u8,
     /// Destroy it this long after each start: 30s, 5m, 2h
     #[arg(long, value_name = "TIME", value_parser = units::limit)]
     ttl: Option<Duration>,
@@ -224,9 +232,18 @@ impl Machine {
                 .map(|text| text.parse())
                 .collect::<smolvm_engine::Result<_>>()?,
             network: self.network.spec(),
+            volumes: self
+                .volume
+                .iter()
+                .map(|text| text.parse())
+                .collect::<smolvm_engine::Result<_>>()?,
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
+        if spec.network.needs_device() {
+            // Before anything is pulled or built for it.
+            engine.network_mode()?;
+        }
         Ok(spec)
     }
 

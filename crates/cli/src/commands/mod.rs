@@ -25,6 +25,7 @@ pub(crate) mod pause;
 pub(crate) mod pool;
 pub(crate) mod port;
 pub(crate) mod prune;
+pub(crate) mod resize;
 pub(crate) mod run;
 pub(crate) mod setup;
 pub(crate) mod shell;
@@ -34,6 +35,7 @@ pub(crate) mod start;
 pub(crate) mod stop;
 mod tally;
 pub(crate) mod template;
+pub(crate) mod volume;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -45,7 +47,7 @@ use smolvm_engine::Engine;
 
 use crate::args::{
     BenchCommand, Cli, Command, FileCommand, Globals, ImageCommand, KernelCommand, NetworkCommand,
-    PoolCommand, PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand,
+    PoolCommand, PortCommand, SandboxCommand, SnapshotCommand, TemplateCommand, VolumeCommand,
 };
 use crate::exit::Exit;
 use crate::output::{self, Output};
@@ -247,6 +249,14 @@ fn verb(command: Command) -> (&'static str, Verb) {
             Some(TemplateCommand::Rm(args)) => verb!("template.rm", template::remove, args),
             None => ("template", Verb::Help(&["template"])),
         },
+        Command::Volume(group) => match group.command {
+            Some(VolumeCommand::Create(args)) => verb!("volume.create", volume::create, args),
+            Some(VolumeCommand::List(args)) => verb!("volume.list", volume::list, args),
+            Some(VolumeCommand::Inspect(args)) => verb!("volume.inspect", volume::inspect, args),
+            Some(VolumeCommand::Delete(args)) => verb!("volume.delete", volume::delete, args),
+            Some(VolumeCommand::Prune(args)) => verb!("volume.prune", volume::prune, args),
+            None => ("volume", Verb::Help(&["volume"])),
+        },
         Command::Doctor(args) => verb!("doctor", doctor::run, args),
         Command::Setup(args) => verb!("setup", setup::run, args),
         Command::Completion(args) => verb!("completion", completion::run, args),
@@ -276,6 +286,7 @@ fn sandbox(command: SandboxCommand) -> (&'static str, Verb) {
             verb!("sandbox.ssh-config", ssh::config, args)
         }
         SandboxCommand::Logs(args) => verb!("sandbox.logs", logs::run, args),
+        SandboxCommand::Resize(args) => verb!("sandbox.resize", resize::run, args),
         SandboxCommand::Commit(args) => verb!("sandbox.commit", commit::run, args),
         SandboxCommand::Prune(args) => verb!("sandbox.prune", prune::run, args),
         SandboxCommand::File(group) => file(group.command),

@@ -2,7 +2,7 @@
 
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
-use smolvm_engine::{DeniedAttempt, NetworkSpec};
+use smolvm_engine::{DeniedAttempt, Error, NetworkMode, NetworkSpec};
 
 use super::machine::Network;
 use super::{Context, Outcome, block_on};
@@ -73,14 +73,15 @@ pub(crate) fn show(args: &ShowArgs, cx: &Context) -> Result<Outcome, CliError> {
                 format!("{} of {}", usage.used, usage.addresses),
             ],
             vec![
-                "Permitted:".to_owned(),
-                if usage.may_make {
-                    "yes".to_owned()
-                } else {
-                    "no: it takes CAP_NET_ADMIN".to_owned()
+                "Mode:".to_owned(),
+                match &usage.mode {
+                    Ok(mode) => mode.as_str().to_owned(),
+                    Err(error) => format!("none: {}", error.in_one_line()),
                 },
             ],
         ];
+        let help = usage.mode.as_ref().err().and_then(Error::hint_text);
+        rows.extend(help.map(|help| vec!["To mend it:".to_owned(), help.to_owned()]));
         let obstacles = usage.obstacles.iter();
         rows.extend(obstacles.map(|obstacle| vec!["In the way:".to_owned(), obstacle.clone()]));
         cx.out.table(&[], rows)?;
@@ -90,7 +91,9 @@ pub(crate) fn show(args: &ShowArgs, cx: &Context) -> Result<Outcome, CliError> {
                 "gateway": usage.gateway,
                 "addresses": usage.addresses,
                 "used": usage.used,
-                "permitted": usage.may_make,
+                "permitted": usage.mode.is_ok(),
+                "mode": usage.mode.as_ref().ok().map(|mode| mode.as_str()),
+                "reason": usage.mode.as_ref().err().map(Error::in_one_line),
                 "obstacles": usage.obstacles,
             },
         })
@@ -103,9 +106,12 @@ pub(crate) fn show(args: &ShowArgs, cx: &Context) -> Result<Outcome, CliError> {
     if let Some(address) = info.address {
         rows.push(vec!["Address:".to_owned(), address.to_string()]);
     }
+    let mode = info.network_mode.map(NetworkMode::as_str);
+    rows.extend(mode.map(|mode| vec!["Mode:".to_owned(), mode.to_owned()]));
     cx.out.table(&[], rows)?;
     let mut network = describe(&info.network);
     network["address"] = json!(info.address);
+    network["mode"] = json!(mode);
     Ok(json!({ "vm": { "name": name }, "network": network }).into())
 }
 

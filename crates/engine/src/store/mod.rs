@@ -13,6 +13,7 @@ pub(crate) mod reserve;
 pub(crate) mod rows;
 pub(crate) mod snapshots;
 mod ssh;
+pub(crate) mod volumes;
 
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -28,6 +29,7 @@ pub use networks::{NetworkMode, NetworkRow};
 pub use pools::PoolRow;
 pub use rows::{Identity, ImageRow, SandboxRow, State};
 pub use snapshots::{SnapshotRow, SnapshotState};
+pub use volumes::{VolumeRow, VolumeState};
 
 /// Every schema change, oldest first. Only ever appended to.
 const MIGRATIONS: &[&str] = &[
@@ -37,6 +39,8 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0004_network.sql"),
     include_str!("../../schema/0005_oci.sql"),
     include_str!("../../schema/0006_ssh.sql"),
+    include_str!("../../schema/0007_volumes.sql"),
+    include_str!("../../schema/0008_user_network.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

@@ -15,9 +15,9 @@ use crate::network::{NetworkSpec, Reach};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkMode {
-    /// In the network namespace of whoever starts sandboxes.
+    /// In the network namespace of whoever starts sandboxes, who has the rights to make them there.
     Tap,
-    /// In one of the keeper's own, with which they go.
+    /// In one of the keeper's own, with which they go. It takes no rights.
     User,
 }
 
@@ -39,7 +39,7 @@ pub struct NetworkRow {
     pub sandbox_id: String,
     /// Where device and rules are.
     pub mode: NetworkMode,
-    /// The guest's address.
+    /// The guest's address. In mode [`Tap`](NetworkMode::Tap) no other sandbox has it.
     pub address: Ipv4Addr,
     /// The device's name.
     pub device: String,
@@ -50,7 +50,8 @@ pub struct NetworkRow {
 const COLUMNS: &str = "sandbox_id, mode, address, device, run";
 
 impl Store {
-    /// Gives a sandbox the first of `candidates` that no other has; `None` if there is none.
+    /// Gives a sandbox the first of `candidates` that no other has; `None` if there is none. In mode
+    /// [`User`](NetworkMode::User) it then gets one that another has: each has a network of its own.
     ///
     /// # Errors
     ///
@@ -77,7 +78,13 @@ impl Store {
                     .collect::<rusqlite::Result<_>>()
             })
             .map_err(|error| sql(doing(), error))?;
-        let Some(address) = candidates.find(|address| !taken.contains(&u32::from(*address))) else {
+        let mut shared = None;
+        let free = candidates.find(|address| {
+            shared.get_or_insert(*address);
+            !taken.contains(&u32::from(*address))
+        });
+        let shared = shared.filter(|_| mode == NetworkMode::User);
+        let Some(address) = free.or(shared) else {
             return Ok(None);
         };
         transaction
@@ -258,6 +265,15 @@ mod tests {
         store.delete_network("id-a").expect("removed");
         store.delete_network("id-a").expect("again");
         assert_eq!(insert(&mut store, "c", three, 3).expect("c"), at(2));
+        // Where each has a network of its own, it may be another's too, though no device may.
+        let error = store.insert_network("id-b", NetworkMode::User, one, 7, addresses(3..=3));
+        assert_eq!(error.expect_err("it has one").kind(), ErrorKind::Busy);
+        let own = store.insert_network("id-a", NetworkMode::User, one, 7, addresses(3..=3));
+        assert_eq!(
+            own.expect("a").expect("an address").address,
+            at(3).expect("3")
+        );
+        store.delete_network("id-a").expect("removed");
         // It goes with its sandbox.
         store.delete_sandbox("id-b").expect("removed");
         let left: Vec<_> = store.networks().expect("read");

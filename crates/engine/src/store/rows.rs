@@ -12,6 +12,7 @@ use smolvm_host::process::ProcessIdentity;
 
 use super::networks::{ALLOWED_OF_SANDBOX, insert_allowed, read_allowed};
 use super::ports::{insert_published, published};
+use super::volumes::{insert_uses, refuse_taken, uses};
 use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
 use crate::network::{NetworkSpec, Reach};
@@ -202,7 +203,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is.
+    /// [`ErrorKind::AlreadyExists`] if the name is taken, [`ErrorKind::Busy`] if a port is,
+    /// [`ErrorKind::NotFound`] for a volume that is not there.
     pub fn insert_sandbox(&mut self, row: &SandboxRow) -> Result<()> {
         let doing = || format!("could not record sandbox `{}`", row.spec.name);
         let transaction = self
@@ -255,6 +257,7 @@ impl Store {
         for port in &row.spec.ports {
             insert_published(&transaction, &row.id, port)?;
         }
+        insert_uses(&transaction, &row.id, &row.spec.volumes)?;
         transaction.commit().map_err(|error| sql(doing(), error))
     }
 
@@ -339,7 +342,7 @@ impl Store {
     }
 
     /// Takes the name of a sandbox that is about to be removed away, so that it is free at once, and
-    /// moves it to `deleting`. It needs its image and its kernel no more, has no ports, and is in no pool. As long as
+    /// moves it to `deleting`. It needs its image and its kernel no more, has no ports and no volumes, and is in no pool. As long as
     /// `holder` runs it is left to that; else, if this process fails, any other may go on, unless a
     /// keeper has its lock. Idempotent.
     pub fn begin_delete(&mut self, id: &str, holder: Option<&ProcessIdentity>) -> Result<()> {
@@ -356,9 +359,12 @@ impl Store {
                     holder.map(|holder| holder.pid),
                     holder.map(|holder| to_sql(holder.start_time_ticks)),
                 ])?;
-            transaction
-                .prepare_cached("DELETE FROM ports WHERE sandbox_id = ?")?
-                .execute([id])?;
+            for text in [
+                "DELETE FROM ports WHERE sandbox_id = ?",
+                "DELETE FROM sandbox_volumes WHERE sandbox_id = ?",
+            ] {
+                transaction.prepare_cached(text)?.execute([id])?;
+            }
             transaction.commit()
         };
         self.in_any_case(change).map_err(|error| {
@@ -375,7 +381,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] if another sandbox writes to the layer this one shares.
+    /// [`ErrorKind::Busy`] if another sandbox writes to the layer this one shares, or has one of its
+    /// volumes while one of the two writes to it.
     pub fn begin_start(
         &mut self,
         id: &str,
@@ -397,17 +404,26 @@ impl Store {
             holder.pid,
             to_sql(holder.start_time_ticks)
         ];
-        match self
+        let doing = || format!("could not record that sandbox {id} starts");
+        let transaction = self
             .connection
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
+            .map_err(|error| sql(doing(), error))?;
+        let started = transaction
             .prepare_cached(&text)
-            .and_then(|mut statement| statement.execute(values))
-        {
-            Ok(changed) => Ok(changed == 1),
+            .and_then(|mut statement| statement.execute(values));
+        match started {
+            Ok(changed) => {
+                if changed == 1 {
+                    refuse_taken(&transaction, id)?;
+                }
+                transaction.commit().map_err(|error| sql(doing(), error))?;
+                Ok(changed == 1)
+            }
             Err(error)
                 if error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) =>
             {
-                let writer: Option<String> = self
-                    .connection
+                let writer: Option<String> = transaction
                     .query_row(
                         "SELECT name FROM sandboxes WHERE disk_mode = 'shared' \
                          AND state IN ('starting', 'running', 'stopping') AND image_digest = \
@@ -425,10 +441,7 @@ impl Store {
                 )
                 .hint("stop that one first, or create this one with --disk-mode isolated"))
             }
-            Err(error) => Err(sql(
-                format!("could not record that sandbox {id} starts"),
-                error,
-            )),
+            Err(error) => Err(sql(doing(), error)),
         }
     }
 
@@ -491,6 +504,15 @@ impl Store {
             })
             .map(|changed| changed == 1)
             .map_err(|error| sql(format!("could not record the processes of sandbox {id}"), error))
+    }
+
+    /// Records the size of a sandbox's writable layer.
+    pub fn set_disk_mib(&mut self, id: &str, disk_mib: u32) -> Result<()> {
+        self.connection
+            .prepare_cached("UPDATE sandboxes SET disk_mib = ?2 WHERE id = ?1")
+            .and_then(|mut statement| statement.execute(params![id, disk_mib]))
+            .map(|_| ())
+            .map_err(|error| sql(format!("could not record the disk of sandbox {id}"), error))
     }
 
     /// Removes a sandbox's row. Idempotent.
@@ -556,6 +578,8 @@ impl Store {
                 .map_err(|error| sql(doing, error))?;
             row.spec.ports =
                 published(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
+            row.spec.volumes =
+                uses(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
             if row.spec.ssh.is_some() {
                 row.ssh_port = self.ssh_port(&row.id)?.map(|host| host.port);
             }
@@ -618,6 +642,7 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
         ssh: row
             .get::<_, Option<String>>(28)?
             .map(|keys| SshSpec::from_stored(&keys)),
+        volumes: Vec::new(),
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {

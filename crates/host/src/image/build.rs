@@ -201,7 +201,8 @@ pub fn build_default_image(
             "--aptopt=APT::Install-Recommends \"false\"",
             "--customize-hook",
         ])
-        .arg("rm -f \"$1/etc/apt/apt.conf.d/99mmdebstrap\"")
+        // An empty machine-id(5) is one that is written at each machine's first start.
+        .arg("rm -f \"$1/etc/apt/apt.conf.d/99mmdebstrap\"; : >\"$1/etc/machine-id\"")
         .args(
             DPKG_OPTIONS
                 .iter()

@@ -96,17 +96,30 @@ impl Netlink {
     }
 
     /// Makes room in the socket's buffers for one request of so many bytes, and an answer to each
-    /// of its messages. The defaults have room for some 200 KiB and 250 answers.
+    /// of its messages. The defaults have room for some 200 KiB and 250 answers; twice that is what a
+    /// process has in a user namespace (socket(7), `rmem_max`), which is plenty for one guest. A
+    /// request that does not fit is refused as a whole.
     pub(super) fn make_room(&self, bytes: usize, messages: usize) -> io::Result<()> {
+        use rustix::io::Errno;
         use rustix::net::sockopt::{
-            set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force,
+            set_socket_recv_buffer_size, set_socket_recv_buffer_size_force,
+            set_socket_send_buffer_size, set_socket_send_buffer_size_force,
         };
+
         if bytes > 64 << 10 {
-            set_socket_send_buffer_size_force(&self.socket, bytes * 2)?;
+            let wanted = bytes * 2;
+            match set_socket_send_buffer_size_force(&self.socket, wanted) {
+                Err(Errno::PERM) => set_socket_send_buffer_size(&self.socket, wanted)?,
+                other => other?,
+            }
         }
         if messages > 64 {
             // An answer takes 36 bytes and the kernel's own structures around it.
-            set_socket_recv_buffer_size_force(&self.socket, messages * 2048)?;
+            let wanted = messages * 2048;
+            match set_socket_recv_buffer_size_force(&self.socket, wanted) {
+                Err(Errno::PERM) => set_socket_recv_buffer_size(&self.socket, wanted)?,
+                other => other?,
+            }
         }
         Ok(())
     }

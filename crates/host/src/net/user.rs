@@ -4,17 +4,22 @@
 //! [`enter`] moves the calling process to namespaces of its own, in which it may make devices and
 //! firewalls as root may on the host: everything else in [`net`](super) works there unchanged. One
 //! thread stays in the host's network namespace, and does what has to be done there
-//! ([`HostSide::run`]): opening sockets that the host's programs connect to, and starting `pasta`, which
-//! passes on what leaves the namespace as connections of an ordinary program of this user
-//! (<https://passt.top>, pasta(1)).
+//! ([`HostSide::run`]): opening sockets that the host's programs connect to, asking the host's name
+//! servers, and starting `pasta`, which passes on what leaves the namespace as connections of an ordinary
+//! program of this user (<https://passt.top>, pasta(1)).
+//!
+//! `pasta` would reach whatever this user reaches, the host's own services at its addresses among it. So
+//! the host's addresses are the namespace's too, also those it gets later: what is sent to them ends
+//! there, and the same rules are for it as on a host.
 //!
 //! The namespaces end with the process and its children; nothing has to be taken down, and the host is
 //! as it was.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read as _, Seek as _};
 use std::net::Ipv4Addr;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -45,58 +50,94 @@ const UPLINK_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 2);
 const UPLINK_PREFIX: u8 = 29;
 const UPLINK_GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 1);
 
-/// Where lookups are sent to reach the host's own name server, wherever that listens: `pasta` passes
-/// them on.
-pub const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 3);
-
 /// Most time `pasta` may take until the namespace has its route.
 const UPLINK_TIME: Duration = Duration::from_secs(10);
 
+/// `RTNLGRP_IPV4_IFADDR`, linux/rtnetlink.h.
+const ADDRESS_GROUP: u32 = 5;
 /// `RTNLGRP_IPV4_ROUTE`, linux/rtnetlink.h.
 const ROUTE_GROUP: u32 = 7;
 
-/// Why this user cannot have a network namespace, as far as settings tell; `None` if nothing is known
-/// to stand in the way.
-///
-/// # Errors
-///
-/// Never for a setting that the kernel does not have.
+/// The switch of Ubuntu's kernels (<https://discourse.ubuntu.com/t/spec/37626>): programs without an
+/// AppArmor profile that permits it get user namespaces in which they have no rights.
+const APPARMOR: &str = "kernel.apparmor_restrict_unprivileged_userns";
+
+/// What keeps this user from having a network of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What is so, as half a sentence.
+    pub why: String,
+    /// What root can do about it.
+    pub help: String,
+}
+
+fn setting(name: &str) -> Option<u64> {
+    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// What is known to keep this user from having a network of its own. `None` does not mean that it may:
+/// [`enter`] tells.
 #[must_use]
-pub fn obstacle() -> Option<String> {
-    let setting = |name: &str| {
-        let text = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
-        text.trim().parse::<u64>().ok()
+pub fn obstacle() -> Option<Obstacle> {
+    let sysctl = |name: &str, now: u64, then: u64| {
+        (setting(name) == Some(now)).then(|| Obstacle {
+            why: format!("{name} is {now}, so this user may make no namespaces"),
+            help: format!("have root run `sysctl -w {name}={then}`"),
+        })
     };
-    if setting("user/max_user_namespaces") == Some(0) {
-        return Some("user.max_user_namespaces is 0".to_owned());
-    }
-    // Debian's switch (its kernels before 2021), and Ubuntu's.
-    if setting("kernel/unprivileged_userns_clone") == Some(0) {
-        return Some("kernel.unprivileged_userns_clone is 0".to_owned());
-    }
-    if setting("kernel/apparmor_restrict_unprivileged_userns") == Some(1) {
-        return Some("kernel.apparmor_restrict_unprivileged_userns is 1".to_owned());
-    }
-    match fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(tap::TUN_DEVICE)
-    {
-        Ok(_) => None,
-        Err(error) => Some(format!("{} cannot be opened: {error}", tap::TUN_DEVICE)),
-    }
+    // The second is a switch of Debian's kernels before 2021, and of others.
+    sysctl("user.max_user_namespaces", 0, 15_000)
+        .or_else(|| sysctl("kernel.unprivileged_userns_clone", 0, 1))
+        .or_else(|| {
+            let mut open = fs::OpenOptions::new();
+            let error = open.read(true).write(true).open(tap::TUN_DEVICE).err()?;
+            Some(Obstacle {
+                why: format!("{} cannot be opened: {error}", tap::TUN_DEVICE),
+                help: match error.kind() {
+                    io::ErrorKind::PermissionDenied => format!(
+                        "have root run `chmod 0666 {}`, which gives no rights over the host's network",
+                        tap::TUN_DEVICE
+                    ),
+                    _ => "have root run `modprobe tun`".to_owned(),
+                },
+            })
+        })
+}
+
+/// What may keep a program from having a network of its own, depending on who it is; for saying why
+/// [`enter`] failed.
+#[must_use]
+pub fn likely_obstacle() -> Option<Obstacle> {
+    (setting(APPARMOR) == Some(1)).then(|| Obstacle {
+        why: format!("{APPARMOR} is 1, and no AppArmor profile lets smolvm-keeper make namespaces"),
+        help: format!(
+            "have root run `sysctl -w {APPARMOR}=0`, or load an AppArmor profile for smolvm-keeper with \
+             the rule `userns,`"
+        ),
+    })
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A thread in the host's network namespace.
+/// Where the host's network is: with the calling thread, or with a thread that stayed there.
 #[derive(Debug)]
 pub struct HostSide {
+    /// `None` if the calling thread is there itself.
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl HostSide {
+    /// For a process that has not left the host's network.
+    #[must_use]
+    pub fn here() -> Self {
+        Self {
+            jobs: None,
+            thread: None,
+        }
+    }
+
     fn new() -> io::Result<Self> {
         let (jobs, work) = mpsc::channel::<Job>();
         let thread = std::thread::Builder::new()
@@ -122,13 +163,15 @@ impl HostSide {
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
+        let Some(jobs) = &self.jobs else {
+            return work();
+        };
         let (give, take) = mpsc::channel();
         let job: Job = Box::new(move || {
             // Nobody waits any more: then nobody wants it.
             let _ = give.send(work());
         });
         let gone = || io::Error::other("the thread in the host's network has ended");
-        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
         jobs.send(job).map_err(|_| gone())?;
         take.recv().map_err(|_| gone())?
     }
@@ -147,16 +190,17 @@ impl Drop for HostSide {
 /// rights over that network and no more over anything else than before. Its user and group stay as they
 /// are, so files belong to whom they did; other users' and supplementary groups cannot be given any more.
 ///
-/// In the network namespace are a loopback device, with the host's addresses on it: what is sent to
-/// them ends here, as it would on the host, and by the same rules.
+/// In the network namespace is a loopback device, with the host's addresses on it: what is sent to them
+/// ends here, as it would on the host, and by the same rules. A thread watches the host for further ones
+/// as long as the process lives.
 ///
 /// The process must have one thread (unshare(2), `CLONE_NEWUSER`). Threads it starts later are in the
 /// namespaces; the one in the [`HostSide`] is in the user namespace and the host's network.
 ///
 /// # Errors
 ///
-/// [`PermissionDenied`](HostErrorKind::PermissionDenied) where this user may not; [`obstacle`] often
-/// knows why. The process is to end then: it may be half way.
+/// [`PermissionDenied`](HostErrorKind::PermissionDenied) where this user may not; [`obstacle`] and
+/// [`likely_obstacle`] often know why. The process is to end then: it may be half way.
 pub fn enter(os: &Os) -> Result<HostSide, HostError> {
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
     let namespace = Path::new("/proc/self/ns/user");
@@ -180,21 +224,69 @@ pub fn enter(os: &Os) -> Result<HostSide, HostError> {
         HostSide::new,
     )?;
     super::enter_new_namespace(os)?;
-    let hosts = Path::new("the host's addresses");
-    let addresses = host
-        .run(addresses)
-        .map_err(|error| HostError::io("list", hosts, error))?;
-    os.effect("take over", hosts, || be_local(&addresses))?;
+    os.effect("take over", Path::new("the host's addresses"), || {
+        take_over_addresses(&host)
+    })?;
     Ok(host)
 }
 
-/// The IPv4 addresses of the calling thread's network namespace, but for those of loopback.
-fn addresses() -> io::Result<Vec<Ipv4Addr>> {
+/// Gives the calling thread's network the host's addresses, those of now and those to come.
+fn take_over_addresses(host: &HostSide) -> io::Result<()> {
+    // Their network stays the host's. The first is told of changes, before they are listed.
+    let (changes, mut hosts) = host.run(|| {
+        let mut changes = Netlink::open(NETLINK_ROUTE)?;
+        changes.socket().add_membership(ADDRESS_GROUP)?;
+        Ok((changes, Netlink::open(NETLINK_ROUTE)?))
+    })?;
     let mut route = Netlink::open(NETLINK_ROUTE)?;
+    /// The loopback device's number in every network namespace (net/core/dev.c).
+    const LOOPBACK: u32 = 1;
+    let mut up = tap::link(LOOPBACK);
+    up.header.flags = LinkFlags::Up;
+    up.header.change_mask = LinkFlags::Up;
+    tap::ask(&mut route, [(RouteNetlinkMessage::SetLink(up), 0)])?;
+    // One that the host has no more stays: nobody else has it, or it is the host's again soon.
+    let mut local = BTreeSet::new();
+    let mut follow = move || -> io::Result<()> {
+        for address in addresses(&mut hosts)? {
+            if local.insert(address) {
+                let message = RouteNetlinkMessage::NewAddress(tap::address(LOOPBACK, address));
+                tap::ask(&mut route, [(message, NLM_F_CREATE)])?;
+            }
+        }
+        Ok(())
+    };
+    follow()?;
+    let watch = move || -> io::Result<()> {
+        loop {
+            let mut fds = [PollFd::from_borrowed_fd(changes.as_fd(), PollFlags::IN)];
+            rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+            match changes.pending() {
+                // More changes than there was room for: which ones does not matter.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                other => drop(other?),
+            }
+            follow()?;
+        }
+    };
+    std::thread::Builder::new()
+        .name("host-addresses".to_owned())
+        .stack_size(256 * 1024)
+        .spawn(move || {
+            let mut watch = watch;
+            if let Err(error) = watch() {
+                tracing::error!(%error, "the host's addresses are not followed any more");
+            }
+        })
+        .map(drop)
+}
+
+/// The IPv4 addresses of a socket's network namespace, but for those of loopback.
+fn addresses(route: &mut Netlink) -> io::Result<Vec<Ipv4Addr>> {
     let mut message = AddressMessage::default();
     message.header.family = AddressFamily::Inet;
-    let entries = tap::dump(&mut route, RouteNetlinkMessage::GetAddress(message))?;
-    let mut found: Vec<Ipv4Addr> = entries
+    let entries = tap::dump(route, RouteNetlinkMessage::GetAddress(message))?;
+    let found = entries
         .into_iter()
         .filter_map(|entry| match entry {
             RouteNetlinkMessage::NewAddress(address) => Some(address.attributes),
@@ -207,26 +299,7 @@ fn addresses() -> io::Result<Vec<Ipv4Addr>> {
         })
         .filter(|address| !address.is_loopback())
         .collect();
-    found.sort_unstable();
-    found.dedup();
     Ok(found)
-}
-
-/// Brings the loopback device up with these addresses beside its own.
-fn be_local(addresses: &[Ipv4Addr]) -> io::Result<()> {
-    /// The loopback device's number in every network namespace (net/core/dev.c).
-    const LOOPBACK: u32 = 1;
-    let mut route = Netlink::open(NETLINK_ROUTE)?;
-    let mut up = tap::link(LOOPBACK);
-    up.header.flags = LinkFlags::Up;
-    up.header.change_mask = LinkFlags::Up;
-    tap::ask(&mut route, [(RouteNetlinkMessage::SetLink(up), 0)])?;
-    for address in addresses {
-        let message = tap::address(LOOPBACK, *address);
-        let message = RouteNetlinkMessage::NewAddress(message);
-        tap::ask(&mut route, [(message, NLM_F_CREATE)])?;
-    }
-    Ok(())
 }
 
 /// `pasta`, for as long as this lives: it is killed when this is dropped, and by the kernel when the
@@ -234,13 +307,13 @@ fn be_local(addresses: &[Ipv4Addr]) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Uplink {
     child: Child,
+    process: OwnedFd,
 }
 
 impl Uplink {
     /// Starts `pasta`, the program at `program`, for the network namespace of the calling thread, and
     /// waits until that has its default route. Ports of the host are not passed to the namespace, nor
-    /// does it reach services on the host's loopback device; lookups sent to [`NAME_SERVER`] reach the
-    /// host's name server.
+    /// does it reach services on the host's loopback device.
     ///
     /// # Errors
     ///
@@ -261,10 +334,10 @@ impl Uplink {
         // Given as a descriptor: /proc/PID/ns/net of a process with more rights is closed to others.
         let namespace = fs::File::open("/proc/thread-self/ns/net").map_err(failed)?;
         let path = program.to_owned();
-        let child = os.effect(doing, program, || {
-            host.run(move || start(&path, namespace, copy))
+        let mut uplink = os.effect(doing, program, || {
+            let child = host.run(move || start(&path, namespace, copy))?;
+            Self::hold(child)
         })?;
-        let mut uplink = Self { child };
         let outcome = uplink.wait_for_route(&routes);
         outcome.map_err(|error| {
             let mut text = String::new();
@@ -289,12 +362,22 @@ impl Uplink {
         Ok(uplink)
     }
 
-    fn wait_for_route(&mut self, routes: &Netlink) -> io::Result<()> {
-        let pid = i32::try_from(self.child.id())
+    fn hold(mut child: Child) -> io::Result<Self> {
+        let process = i32::try_from(child.id())
             .ok()
             .and_then(Pid::from_raw)
-            .ok_or_else(|| io::Error::other("the process number is out of range"))?;
-        let process = pidfd_open(pid, PidfdFlags::empty())?;
+            .ok_or_else(|| io::Error::other("the process number is out of range"))
+            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        match process {
+            Ok(process) => Ok(Self { child, process }),
+            Err(error) => {
+                end(&mut child);
+                Err(error)
+            }
+        }
+    }
+
+    fn wait_for_route(&mut self, routes: &Netlink) -> io::Result<()> {
         let deadline = Instant::now() + UPLINK_TIME;
         loop {
             for answer in routes.pending()? {
@@ -311,7 +394,7 @@ impl Uplink {
             }
             let mut fds = [
                 PollFd::from_borrowed_fd(routes.as_fd(), PollFlags::IN),
-                PollFd::new(&process, PollFlags::IN),
+                PollFd::new(&self.process, PollFlags::IN),
             ];
             let left = Timespec::try_from(left).map_err(io::Error::other)?;
             rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left)))?;
@@ -319,12 +402,23 @@ impl Uplink {
     }
 }
 
+/// A descriptor that can be read once `pasta` has ended, which it does not do by itself.
+impl AsFd for Uplink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.process.as_fd()
+    }
+}
+
 impl Drop for Uplink {
     fn drop(&mut self) {
-        // Neither fails for a child that was not waited for: kill(2), waitpid(2).
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child);
     }
+}
+
+fn end(child: &mut Child) {
+    // Neither fails for a child that was not waited for: kill(2), waitpid(2).
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 fn is_default_route(message: &RouteNetlinkMessage) -> bool {
@@ -350,7 +444,6 @@ fn start(program: &Path, namespace: fs::File, says: fs::File) -> io::Result<Chil
     }
     let address = UPLINK_ADDRESS.to_string();
     let gateway = UPLINK_GATEWAY.to_string();
-    let server = NAME_SERVER.to_string();
     let prefix = UPLINK_PREFIX.to_string();
     let mut command = Command::new(program);
     command
@@ -358,7 +451,7 @@ fn start(program: &Path, namespace: fs::File, says: fs::File) -> io::Result<Chil
         .args(["--netns-only", "--netns", "/proc/self/fd/0"])
         .args(["--ns-ifname", UPLINK, "--address", &address])
         .args(["--netmask", &prefix, "--gateway", &gateway])
-        .args(["--dns-forward", &server, "--no-map-gw"])
+        .args(["--no-map-gw"])
         .args(["--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra"])
         .args(["--tcp-ports", "none", "--udp-ports", "none"])
         .args(["--tcp-ns", "none", "--udp-ns", "none"])

@@ -11,6 +11,7 @@ use domain::base::{Message, MessageBuilder, Name, Rtype, Ttl};
 use domain::rdata::A;
 use smolvm_host::net::dns::{DeniedLookup, Names, Resolver, Rules, Sink};
 use smolvm_host::net::nft::{Firewall, Guest, Policy, Reach};
+use smolvm_host::net::user::HostSide;
 use smolvm_host::{HostError, Os};
 use tokio::sync::{oneshot, watch};
 
@@ -110,7 +111,8 @@ fn a_guest_reaches_what_its_names_lead_to_and_follows_when_they_change() {
                 .build()
                 .expect("a runtime");
             runtime.block_on(async move {
-                let resolver = Resolver::bind(gateway, address, vec![server], rules, sink)
+                let here = Arc::new(HostSide::here());
+                let resolver = Resolver::bind(gateway, address, (here, vec![server]), rules, sink)
                     .await
                     .expect("a resolver");
                 ready

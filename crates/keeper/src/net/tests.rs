@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use smolvm_engine::store::{SandboxRow, State as Life};
+use smolvm_engine::store::{NetworkMode, SandboxRow, State as Life};
 use smolvm_engine::{AccelChoice, Config, Engine, NetworkConfig, SandboxSpec};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Faults;
@@ -168,7 +168,8 @@ fn start(home: &Home) -> Launch {
     let started = store.begin_start(ID, &[Life::Created], &gone, Timestamp::now());
     assert!(started.expect("a start"));
     let config = home.network();
-    let row = network::allocate(&mut store, ID, &config, &BTreeSet::new()).expect("an address");
+    let row = network::allocate(&mut store, ID, NetworkMode::Tap, &config, &BTreeSet::new())
+        .expect("an address");
     let layout = Layout::new(home.data());
     let network = NetworkLaunch::new(&row, &layout, &network, &config).expect("a launch");
     Launch {
@@ -202,6 +203,7 @@ fn start(home: &Home) -> Launch {
         starter: None,
         restore: None,
         park: None,
+        volumes: Vec::new(),
         snapshot: None,
         boot_timeout_ms: 1,
     }
@@ -215,7 +217,7 @@ fn life(os: &Os, home: &Home) -> Result<(), KeeperError> {
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let network = Network::set_up(os, &mut launch).await?;
+        let network = Network::set_up(os, &Arc::new(HostSide::here()), &mut launch).await?;
         let mut network = network.expect("a network");
         drop(network.cable()?);
         let told = Told(Arc::clone(&network.shared));
@@ -400,7 +402,8 @@ fn an_address_that_is_somebody_elses_is_not_taken() {
             .build()
             .expect("a runtime");
         runtime.block_on(async {
-            let network = Network::set_up(&Os::new(), &mut launch).await;
+            let network =
+                Network::set_up(&Os::new(), &Arc::new(HostSide::here()), &mut launch).await;
             let network = network.expect("set up").expect("a network");
             let second = launch.network.as_ref().expect("a network").address;
             assert_ne!(first, second);
@@ -427,7 +430,8 @@ fn a_flushed_firewall_is_made_anew() {
             .build()
             .expect("a runtime");
         runtime.block_on(async {
-            let network = Network::set_up(&Os::new(), &mut launch).await;
+            let network =
+                Network::set_up(&Os::new(), &Arc::new(HostSide::here()), &mut launch).await;
             let network = network.expect("set up").expect("a network");
             let told = Told(Arc::clone(&network.shared));
             let (address, hold) = (Ipv4Addr::new(192, 0, 2, 9), Duration::from_secs(600));

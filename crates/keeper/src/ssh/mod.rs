@@ -26,6 +26,7 @@ use smolvm_engine::launch::Launch;
 use smolvm_engine::layout::Layout;
 use smolvm_engine::ssh::host_key;
 use smolvm_engine::store::Store;
+use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -75,6 +76,7 @@ struct Ground {
 /// Listens on the sandbox's port, if it is to be reached by SSH.
 pub(crate) fn listen(
     layout: &Layout,
+    side: &HostSide,
     store: &mut Store,
     launch: &Launch,
     line: Line,
@@ -84,7 +86,7 @@ pub(crate) fn listen(
     if wanted.is_none() {
         return Ok(None);
     }
-    let (host, socket) = smolvm_engine::ssh::listen(&Os::new(), store, id, launch.ssh_ports)?;
+    let (host, socket) = smolvm_engine::ssh::listen(&Os::new(), side, store, id, launch.ssh_ports)?;
     let socket = TcpListener::from_std(socket.into())
         .map_err(|error| KeeperError::io("listen for SSH clients", error))?;
     Ok(Some(Listener {

@@ -95,7 +95,7 @@ impl Home {
     }
 
     /// Waits for the keepers that take away a sandbox which nobody sees any more.
-    fn wait_for_removals(&self) {
+    pub(crate) fn wait_for_removals(&self) {
         let rows = Store::open(&self.layout().database())
             .and_then(|store| store.sandboxes())
             .expect("the rows");
@@ -131,6 +131,16 @@ impl Home {
             })
             .unwrap_or_default();
         assert!(left.is_empty(), "{what}: directories are left: {left:?}");
+        let volumes = self.engine().volumes().expect("a list");
+        assert!(volumes.is_empty(), "{what}: left: {volumes:?}");
+        let left: Vec<_> = std::fs::read_dir(self.layout().volumes())
+            .map(|entries| {
+                entries
+                    .map(|entry| entry.expect("an entry").path())
+                    .collect()
+            })
+            .unwrap_or_default();
+        assert!(left.is_empty(), "{what}: disks are left: {left:?}");
     }
 }
 

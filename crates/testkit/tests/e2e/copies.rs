@@ -188,6 +188,25 @@ fn a_snapshot_outlives_its_source_and_is_restored_at_once_many_times() {
         .run()
         .expect(1)
         .complains_of(&["`one` exists already"]);
+    // One byte of the device state, which is where it was saved only if nobody wrote to it.
+    let mut saved = std::fs::read_dir(home.data().join("snapshots")).expect("the snapshots");
+    let state = saved
+        .next()
+        .expect("one")
+        .expect("one")
+        .path()
+        .join("state");
+    let mut bytes = std::fs::read(&state).expect("the state");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&state, bytes).expect("the state");
+    home.smolvm(["snapshot", "restore", "before"])
+        .run()
+        .expect(1)
+        .complains_of(&[
+            "state is damaged",
+            "its content was changed",
+            "smolvm snapshot rm",
+        ]);
     home.smolvm(["snapshot", "rm", "before"]).run().ok();
     home.smolvm(["snapshot", "restore", "before"])
         .run()

@@ -24,3 +24,5 @@ mod templates;
 mod trouble;
 mod ttl;
 mod unprivileged;
+mod user_network;
+mod volumes;

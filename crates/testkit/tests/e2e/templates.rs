@@ -1,18 +1,18 @@
 //! Starting from a template: as after a boot, only sooner, and no two sandboxes alike.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use serde_json::Value;
 use smolvm_testkit::{Entries, Home, processes_mentioning};
 
 /// What a guest says of itself that must differ from any other's.
-const IDENTITY: &str = "hostname; head -c 16 /dev/urandom | od -An -tx1; \
+const IDENTITY: &str = "hostname; cat /etc/machine-id; head -c 16 /dev/urandom | od -An -tx1; \
      cat /proc/sys/kernel/random/boot_id; python3 -c 'import os; print(os.urandom(16).hex())'";
 
 /// Gives a home templates of its own, of which there are none yet.
-pub(crate) fn own_templates(home: &Home) -> std::path::PathBuf {
+pub(crate) fn own_templates(home: &Home) -> PathBuf {
     let templates = home.data().join("templates");
     std::fs::remove_file(&templates).expect("the link to everybody's templates");
     std::fs::create_dir(&templates).expect("a directory");
@@ -20,7 +20,7 @@ pub(crate) fn own_templates(home: &Home) -> std::path::PathBuf {
 }
 
 /// Whether a sandbox's machine holds its memory as a copy of a template's.
-fn restored(home: &Home, name: &str) -> bool {
+pub(crate) fn restored(home: &Home, name: &str) -> bool {
     let maps = format!("/proc/{}/maps", home.info(name).vmm().pid());
     std::fs::read_to_string(&maps)
         .expect("the machine's memory map")
@@ -116,18 +116,91 @@ fn templates_can_be_switched_off() {
     home.rm(&["box"]);
 }
 
+/// The one template of a home.
+fn only_template(templates: &Path) -> PathBuf {
+    let mut found = std::fs::read_dir(templates)
+        .expect("the templates")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.is_dir());
+    let template = found.next().expect("a template");
+    assert_eq!(found.next(), None);
+    template
+}
+
+/// What is wrong with a template, and how it comes about.
+type Damage = (&'static str, fn(&Path));
+
 #[test]
-fn a_damaged_template_costs_time_and_nothing_else() {
+fn a_damaged_template_is_made_anew() {
+    let home = Home::new(1);
+    let templates = own_templates(&home);
+    let disk = ["--disk", "64"];
+    home.smolvm([&["template", "build"], &disk[..]].concat())
+        .run()
+        .ok();
+    let damages: [Damage; 4] = [
+        ("overwritten", |template| {
+            std::fs::write(template.join("state"), b"this is no machine").expect("the state");
+        }),
+        ("cut short", |template| {
+            let memory = std::fs::File::options()
+                .write(true)
+                .open(template.join("memory"));
+            memory
+                .and_then(|file| file.set_len(1 << 20))
+                .expect("the memory");
+        }),
+        ("disk cut short", |template| {
+            let disk = std::fs::File::options()
+                .write(true)
+                .open(template.join("disk.ext4"));
+            disk.and_then(|file| file.set_len(1 << 20))
+                .expect("the disk");
+        }),
+        ("removed", |template| {
+            std::fs::remove_file(template.join("disk.ext4")).expect("the disk");
+        }),
+    ];
+    for (what, damage) in damages {
+        damage(&only_template(&templates));
+        let listed = home.json(["template", "ls"])["templates"][0].clone();
+        assert_eq!(listed["current"], false, "{what}: {listed:#}");
+        home.create("box", &disk);
+        assert!(restored(&home, "box"), "{what}: not restored");
+        assert_eq!(home.sh("box", "echo well"), "well\n");
+        home.rm(&["box"]);
+        let listed = home.json(["template", "ls"])["templates"][0].clone();
+        assert_eq!(listed["current"], true, "{what}: {listed:#}");
+    }
+}
+
+/// Overwrites a template's device state, and has its description say that this is how it was made.
+fn damage_unseen(template: &Path) {
+    use std::os::unix::fs::MetadataExt;
+
+    let (state, description) = (template.join("state"), template.join("template.json"));
+    std::fs::write(&state, b"this is no machine").expect("the state");
+    let now = std::fs::metadata(&state).expect("the state");
+    let text = std::fs::read(&description).expect("the description");
+    let mut known: Value = serde_json::from_slice(&text).expect("JSON");
+    let mark = &mut known["files"]["state"];
+    assert!(mark["inode"].is_u64(), "{mark:#}");
+    *mark = serde_json::json!({
+        "inode": now.ino(),
+        "bytes": now.len(),
+        "modified_ns": now.mtime() * 1_000_000_000 + now.mtime_nsec(),
+        "changed_ns": now.ctime() * 1_000_000_000 + now.ctime_nsec(),
+    });
+    std::fs::write(&description, known.to_string()).expect("the description");
+}
+
+#[test]
+fn a_template_that_cannot_be_restored_costs_time_and_nothing_else() {
     let home = Home::new(1);
     let templates = own_templates(&home);
     home.create("first", &[]);
     home.rm(&["first"]);
-    let template = std::fs::read_dir(&templates)
-        .expect("the templates")
-        .map(|entry| entry.expect("an entry").path())
-        .find(|path| path.is_dir())
-        .expect("a template");
-    std::fs::write(template.join("state"), b"this is no machine").expect("the state");
+    damage_unseen(&only_template(&templates));
     let created = home.smolvm(["create", "--name", "second"]).run().ok();
     let warning = "warning: sandbox `second` could not be restored from its template, and booted: ";
     assert!(created.err().contains(warning), "{created}");

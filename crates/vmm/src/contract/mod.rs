@@ -109,6 +109,7 @@ macro_rules! contract_tests {
             a_machine_is_copied_and_goes_on
             a_copy_of_a_copy_goes_on_without_either
             a_paused_machine_is_copied
+            a_disk_grows_while_the_machine_runs
             a_copy_shares_its_disk_at_one_moment
             a_restore_can_be_given_up
         }
@@ -683,6 +684,39 @@ pub async fn a_copy_shares_its_disk_at_one_moment(subject: &dyn Subject) {
     let mut clone = Machine::new(vm.unwrap_or_else(|error| fail(&error)), Guest::Counts);
     clone.expect_counts(&[2]).await;
     machine.expect_counts(&[2]).await;
+}
+
+/// A disk is made larger under a machine that runs, its file with it, and one that is only read is not.
+pub async fn a_disk_grows_while_the_machine_runs(subject: &dyn Subject) {
+    let files = Files::new();
+    let mut plan = subject.plan(Guest::Ticks);
+    for (name, read_only) in [("own", false), ("base", true)] {
+        let path = files.directory.join(name);
+        std::fs::write(&path, vec![7; 1 << 20]).expect("a disk");
+        plan.disks.push(DiskPlan { path, read_only });
+    }
+    let mut machine = Machine::new(start(subject, &plan).await, Guest::Ticks);
+    machine.expect_line().await;
+    match within(machine.vm.grow_disk(0, 2 << 20)).await {
+        // A backend need not be able to.
+        Err(error) if error.kind == VmErrorKind::Unsupported => return,
+        grown => grown.expect("grown"),
+    }
+    within(machine.vm.grow_disk(0, 2 << 20))
+        .await
+        .expect("as large already");
+    let length = |disk: usize| {
+        std::fs::metadata(&plan.disks[disk].path)
+            .expect("a disk")
+            .len()
+    };
+    assert_eq!([length(0), length(1)], [2 << 20, 1 << 20]);
+    for index in [1, 2] {
+        let error = within(machine.vm.grow_disk(index, 3 << 20)).await;
+        let error = error.expect_err("only read, or not there");
+        assert_eq!(error.kind, VmErrorKind::Unsupported);
+    }
+    machine.expect_line().await;
 }
 
 /// A restore that nobody waits for any more leaves nothing running, and the snapshot as it was.

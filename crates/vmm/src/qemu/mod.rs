@@ -222,6 +222,16 @@ impl Vm for QemuVm {
         self.control("resume", Command::Cont).await
     }
 
+    async fn grow_disk(&mut self, index: usize, bytes: u64) -> Result<(), VmError> {
+        const VERB: &str = "make a disk larger of";
+        if self.plan.disks.get(index).is_none_or(|disk| disk.read_only) {
+            let why = "it has no such disk that it may write to";
+            let doing = doing(VERB, &self.plan.name);
+            return Err(VmError::new(VmErrorKind::Unsupported, doing, why));
+        }
+        self.control(VERB, Command::GrowDisk { index, bytes }).await
+    }
+
     async fn snapshot(&mut self, state: &Path, memory: Option<&Path>) -> Result<Instant, VmError> {
         const VERB: &str = "take a snapshot of";
         refuse_unsavable(&self.plan, memory)?;

@@ -49,6 +49,8 @@ pub(super) enum Command {
     QueryMigrate,
     /// Where in the VMM's own memory the guest's begins.
     AddressOfMemory,
+    /// Give a disk this size, its file and its device.
+    GrowDisk { index: usize, bytes: u64 },
 }
 
 /// The name of the descriptor that is loaded from. Not a digit first, which would be a number of
@@ -73,6 +75,7 @@ impl Command {
             Command::MigrateIncoming => "migrate-incoming",
             Command::QueryMigrate => "query-migrate",
             Command::AddressOfMemory => "human-monitor-command",
+            Command::GrowDisk { .. } => "block_resize",
         }
     }
 
@@ -88,6 +91,9 @@ impl Command {
             Command::KeepFile => Some(json!({ "fdname": FILE })),
             Command::MigrateIncoming => Some(json!({ "uri": format!("fd:{FILE}") })),
             Command::AddressOfMemory => Some(json!({ "command-line": "gpa2hva 0" })),
+            Command::GrowDisk { index, bytes } => {
+                Some(json!({ "node-name": format!("disk{index}"), "size": bytes }))
+            }
         }
     }
 }

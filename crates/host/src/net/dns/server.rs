@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::lookup::UDP_BYTES;
 use super::{Accepted, DeniedLookup, Judged, Lookup, Rules, Unusable, judge};
 use crate::error::HostError;
+use crate::net::user::HostSide;
 
 /// How long a name server is waited for by UDP, and by TCP.
 const UDP_PATIENCE: Duration = Duration::from_secs(2);
@@ -60,6 +61,8 @@ pub struct Resolver {
 struct Shared {
     guest: Ipv4Addr,
     servers: Vec<SocketAddr>,
+    /// The network the servers are in.
+    host: Arc<HostSide>,
     rules: watch::Receiver<Arc<Rules>>,
     sink: Arc<dyn Sink>,
     lookups: Arc<Semaphore>,
@@ -68,8 +71,8 @@ struct Shared {
 
 impl Resolver {
     /// Listens on a port of `address` that the kernel chooses, the same for UDP and TCP, for the
-    /// guest with address `guest` alone. `servers` are asked in their order. `rules` may change at
-    /// any time.
+    /// guest with address `guest` alone. `servers` are asked in their order, from the network of
+    /// `host`. `rules` may change at any time.
     ///
     /// # Errors
     ///
@@ -77,7 +80,7 @@ impl Resolver {
     pub async fn bind(
         address: Ipv4Addr,
         guest: Ipv4Addr,
-        servers: Vec<SocketAddr>,
+        (host, servers): (Arc<HostSide>, Vec<SocketAddr>),
         rules: watch::Receiver<Arc<Rules>>,
         sink: Arc<dyn Sink>,
     ) -> io::Result<Self> {
@@ -93,6 +96,7 @@ impl Resolver {
         let shared = Shared {
             guest,
             servers,
+            host,
             rules,
             sink,
             lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
@@ -247,12 +251,12 @@ impl Shared {
             let mut id = [0; 2];
             rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).ok()?;
             let id = u16::from_ne_bytes(id);
-            let by_udp = timeout(UDP_PATIENCE, ask_by_udp(*server, lookup, id, rules)).await;
+            let by_udp = timeout(UDP_PATIENCE, self.ask_by_udp(*server, lookup, id, rules)).await;
             match by_udp {
                 Ok(Ok(Some(accepted))) => return Some(accepted),
                 // Too long for UDP.
                 Ok(Ok(None)) => {
-                    let by_tcp = ask_by_tcp(*server, lookup, id, rules);
+                    let by_tcp = self.ask_by_tcp(*server, lookup, id, rules);
                     if let Ok(Ok(accepted)) = timeout(TCP_PATIENCE, by_tcp).await {
                         return Some(accepted);
                     }
@@ -262,46 +266,57 @@ impl Shared {
         }
         None
     }
-}
 
-/// `None` if the answer has to be asked for by TCP.
-async fn ask_by_udp(
-    server: SocketAddr,
-    lookup: &Lookup,
-    id: u16,
-    rules: &Rules,
-) -> io::Result<Option<Accepted>> {
-    let any: SocketAddr = match server {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    // A port of its own for each, so that answers are hard to forge.
-    let socket = UdpSocket::bind(any).await?;
-    socket.connect(server).await?;
-    socket.send(&lookup.query(id)).await?;
-    let mut buffer = [0; UDP_BYTES as usize];
-    loop {
-        let length = socket.recv(&mut buffer).await?;
-        match lookup.accept(&buffer[..length], id, rules) {
-            Ok(accepted) => return Ok(Some(accepted)),
-            Err(Unusable::Truncated) => return Ok(None),
-            Err(Unusable::Unrelated) => {}
+    /// `None` if the answer has to be asked for by TCP.
+    async fn ask_by_udp(
+        &self,
+        server: SocketAddr,
+        lookup: &Lookup,
+        id: u16,
+        rules: &Rules,
+    ) -> io::Result<Option<Accepted>> {
+        let any: SocketAddr = match server {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        // A port of its own for each, so that answers are hard to forge.
+        let socket = self.host.run(move || {
+            let socket = std::net::UdpSocket::bind(any)?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        })?;
+        let socket = UdpSocket::from_std(socket)?;
+        socket.connect(server).await?;
+        socket.send(&lookup.query(id)).await?;
+        let mut buffer = [0; UDP_BYTES as usize];
+        loop {
+            let length = socket.recv(&mut buffer).await?;
+            match lookup.accept(&buffer[..length], id, rules) {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(Unusable::Truncated) => return Ok(None),
+                Err(Unusable::Unrelated) => {}
+            }
         }
     }
-}
 
-async fn ask_by_tcp(
-    server: SocketAddr,
-    lookup: &Lookup,
-    id: u16,
-    rules: &Rules,
-) -> io::Result<Accepted> {
-    let mut stream = TcpStream::connect(server).await?;
-    write_message(&mut stream, &lookup.query(id)).await?;
-    let message = read_message(&mut stream).await?;
-    lookup
-        .accept(&message, id, rules)
-        .map_err(|_| io::ErrorKind::InvalidData.into())
+    async fn ask_by_tcp(
+        &self,
+        server: SocketAddr,
+        lookup: &Lookup,
+        id: u16,
+        rules: &Rules,
+    ) -> io::Result<Accepted> {
+        let socket = self.host.run(move || match server {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        })?;
+        let mut stream = socket.connect(server).await?;
+        write_message(&mut stream, &lookup.query(id)).await?;
+        let message = read_message(&mut stream).await?;
+        lookup
+            .accept(&message, id, rules)
+            .map_err(|_| io::ErrorKind::InvalidData.into())
+    }
 }
 
 /// Reads a message with its length before it, RFC 1035 section 4.2.2: 64 KiB at most.

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::error::{HostError, HostErrorKind};
+use crate::net::user::HostSide;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -407,7 +408,8 @@ fn resolver(servers: Vec<SocketAddr>, told: Told) -> Running {
             .unwrap();
         runtime.block_on(async move {
             let local = Ipv4Addr::LOCALHOST;
-            let resolver = Resolver::bind(local, local, servers, receiver, sink);
+            let here = Arc::new(HostSide::here());
+            let resolver = Resolver::bind(local, local, (here, servers), receiver, sink);
             let resolver = resolver.await.unwrap();
             let at = SocketAddr::from((local, resolver.port().unwrap().get()));
             ready.send(at).unwrap();
