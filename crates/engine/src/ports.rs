@@ -285,7 +285,31 @@ fn take_port(os: &Os, side: &HostSide, host: &HostPort) -> Result<(OwnedFd, u16)
     taken.map_err(|errno| refused(host, errno))
 }
 
+/// Ports that are chosen from for whoever does not care. Below those that the kernel gives to outgoing
+/// connections of any program (ip(7), `ip_local_port_range`, from 32768 on by default): a sandbox that is off
+/// has its port as a row only, and would find it taken when it starts.
+const CHOSEN: std::ops::RangeInclusive<u16> = 20_000..=32_767;
+/// Numbers that are tried before the choice is left to the kernel.
+const CHOICES: u32 = 64;
+
 fn take(host: &HostPort) -> rustix::io::Result<(OwnedFd, u16)> {
+    if host.port != 0 {
+        return take_exactly(host);
+    }
+    for _ in 0..CHOICES {
+        let mut random = [0; 2];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        let width = CHOSEN.end() - CHOSEN.start() + 1;
+        let port = CHOSEN.start() + u16::from_ne_bytes(random) % width;
+        match take_exactly(&HostPort { port, ..*host }) {
+            Err(Errno::ADDRINUSE) => {}
+            other => return other,
+        }
+    }
+    take_exactly(host)
+}
+
+fn take_exactly(host: &HostPort) -> rustix::io::Result<(OwnedFd, u16)> {
     let (family, kind) = (
         match host.address {
             IpAddr::V4(_) => AddressFamily::INET,
@@ -693,7 +717,7 @@ mod tests {
         let (os, side) = (Os::new(), HostSide::here());
         for text in ["0:80", "0:80/udp", "[::1]:0:80"] {
             let first = bind(&os, &side, &text.parse().expect("a port")).expect(text);
-            assert_ne!(first.published.host.port, 0);
+            assert!(CHOSEN.contains(&first.published.host.port), "{first:?}");
             let second = bind(&os, &side, &first.published).expect_err("taken");
             assert_eq!(second.kind(), ErrorKind::Busy);
             let all = PublishedPort {
