@@ -24,7 +24,6 @@ struct Step {
     /// What the tests are told.
     environment: &'static [(&'static str, &'static str)],
     host: Host,
-    engine: Engine,
     /// How many at once.
     threads: u8,
 }
@@ -45,21 +44,13 @@ enum Host {
     WithKvm,
 }
 
-/// What a step's tests need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Engine {
-    Qemu,
-    Firecracker,
-}
-
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 4] = [
     Step {
         name: "probe, no KVM",
         program: "probe",
         which: Which::Named(&[""]),
         environment: &[("SMOLVM_TEST_KVM", "absent")],
         host: Host::WithoutKvm,
-        engine: Engine::Qemu,
         threads: 1,
     },
     Step {
@@ -68,7 +59,6 @@ const STEPS: [Step; 6] = [
         which: Which::Named(&[""]),
         environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
-        engine: Engine::Qemu,
         threads: 1,
     },
     Step {
@@ -77,16 +67,6 @@ const STEPS: [Step; 6] = [
         which: Which::Named(&["qemu::", "qemu_only::"]),
         environment: &[("SMOLVM_TEST_ACCEL", "kvm")],
         host: Host::WithKvm,
-        engine: Engine::Qemu,
-        threads: 2,
-    },
-    Step {
-        name: "contract, Firecracker",
-        program: "contract",
-        which: Which::Named(&["firecracker"]),
-        environment: &[("SMOLVM_TEST_ACCEL", "kvm")],
-        host: Host::WithKvm,
-        engine: Engine::Firecracker,
         threads: 2,
     },
     Step {
@@ -95,25 +75,12 @@ const STEPS: [Step; 6] = [
         which: Which::Listed(E2E),
         environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
-        engine: Engine::Qemu,
-        threads: 2,
-    },
-    Step {
-        name: "end to end, Firecracker",
-        program: "e2e",
-        which: Which::Listed(E2E),
-        environment: &[("SMOLVM_TEST_KVM", "works")],
-        host: Host::WithKvm,
-        engine: Engine::Firecracker,
         threads: 2,
     },
 ];
 
 /// The test programs of all steps.
 const TEST_PROGRAMS: [&str; 3] = ["probe", "contract", "e2e"];
-
-/// Where programs are that are only found by the steps that need them.
-const FIRECRACKER: &str = "/cargo/firecracker";
 
 /// What is going to be run.
 #[derive(Debug)]
@@ -124,7 +91,7 @@ pub(super) struct Suite {
     speaks: Option<usize>,
     pub(super) passed: u64,
     pub(super) failed: u64,
-    /// How many would run if there was a Firecracker.
+    /// Tests of the list that are left for another time.
     pub(super) skipped: u64,
     /// Test programs by their names.
     programs: BTreeMap<String, PathBuf>,
@@ -134,8 +101,8 @@ impl Suite {
     /// Builds the test programs and decides what to run of them: tests with one of `filters` in their
     /// names, or all if there is none.
     ///
-    /// With `all`, also those that the list leaves out.
-    pub(super) fn plan(filters: &[String], firecracker: bool, all: bool) -> Result<Self> {
+    /// With `all`, also those that the list leaves out; without `listed`, none of it.
+    pub(super) fn plan(filters: &[String], listed: bool, all: bool) -> Result<Self> {
         let mut suite = Self {
             left: Vec::new(),
             speaks: None,
@@ -151,7 +118,7 @@ impl Suite {
                 _ => step.which.choose(&known)?,
             };
             chosen.retain(|test| filters.is_empty() || filters.iter().any(|f| test.contains(f)));
-            if step.engine == Engine::Firecracker && !firecracker {
+            if matches!(step.which, Which::Listed(_)) && !listed {
                 suite.skipped += u64::try_from(chosen.len())?;
             } else {
                 suite.left.push((step, chosen));
@@ -246,11 +213,7 @@ impl Suite {
 impl Step {
     /// The call that runs it.
     fn line(&self, chosen: &[String]) -> String {
-        let path = match self.engine {
-            Engine::Qemu => String::new(),
-            Engine::Firecracker => format!(" PATH={FIRECRACKER}:\"$PATH\""),
-        };
-        let mut line = format!("run {} env{path}", quoted(self.name));
+        let mut line = format!("run {} env", quoted(self.name));
         for (name, value) in self.environment {
             line = format!("{line} {name}={}", quoted(value));
         }
@@ -442,13 +405,11 @@ mod tests {
 
     #[test]
     fn a_step_is_a_call() {
-        let step = &STEPS[3];
-        assert_eq!(step.engine, Engine::Firecracker);
+        let step = &STEPS[2];
         assert_eq!(
-            step.line(&names(&["firecracker::dropping_kills"])),
-            "run 'contract, Firecracker' env PATH=/cargo/firecracker:\"$PATH\" \
-             SMOLVM_TEST_ACCEL='kvm' /cargo/tests/contract --exact --color=never --test-threads=2 \\\n    \
-             'firecracker::dropping_kills'\n"
+            step.line(&names(&["qemu::dropping_kills"])),
+            "run 'contract, QEMU' env SMOLVM_TEST_ACCEL='kvm' /cargo/tests/contract --exact \
+             --color=never --test-threads=2 \\\n    'qemu::dropping_kills'\n"
         );
     }
 }
