@@ -409,5 +409,6 @@ fn carry_out(agent: &Arc<Agent>, stream: &Arc<Stream>, request: &Request) -> Res
         Request::Accept(request) => listen::accept(agent, stream, *request),
         Request::Datagrams(request) => datagrams::datagrams(stream, request),
         Request::Grow(request) => grow::grow(agent, request).map_err(Stop::from),
+        Request::Settle => Ok(shutdown::settle(agent)),
     }
 }

@@ -58,6 +58,13 @@ pub(crate) fn shutdown(agent: &Agent, request: &ShutdownRequest) -> Result<Last,
     Ok(Last::done())
 }
 
+/// Ends what commands have left running, and writes everything to the disk.
+pub(crate) fn settle(agent: &Agent) -> Last {
+    kill_everyone(&agent.reaper);
+    rustix::fs::sync();
+    Last::done()
+}
+
 /// Kills every process but this one, and waits until they are gone.
 pub(crate) fn kill_everyone(reaper: &Reaper) {
     signal_everyone(Signal::KILL);

@@ -7,9 +7,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use smolvm_engine::AccelChoice;
 
 use crate::commands::{
-    bench, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info, kernel,
-    list, logs, network, pause, pool, port, prune, resize, run, setup, shell, snapshot, ssh, start,
-    stop, template, volume,
+    bench, build, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info,
+    kernel, list, logs, network, pause, pool, port, prune, resize, run, setup, shell, snapshot,
+    ssh, start, stop, template, volume,
 };
 
 /// Disposable computers for AI agents: each sandbox is a microVM with its own kernel.
@@ -345,6 +345,8 @@ pub(crate) struct Image {
 /// The verbs of `smolvm image`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
+    /// Build an image from a Dockerfile or a smolvm.toml, without Docker
+    Build(build::Args),
     /// Pull an image from a registry
     Pull(image::PullArgs),
     /// List the images on this host

@@ -5,7 +5,7 @@ mod support;
 use support::Home;
 
 /// Every command but the short forms that share the text of their long form.
-const COMMANDS: [&str; 77] = [
+const COMMANDS: [&str; 78] = [
     "",
     "run",
     "create",
@@ -63,6 +63,7 @@ const COMMANDS: [&str; 77] = [
     "image",
     "image list",
     "image pull",
+    "image build",
     "image inspect",
     "image load",
     "image save",

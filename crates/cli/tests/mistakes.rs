@@ -168,11 +168,13 @@ fn templates_that_are_not_there() {
         hint: see the templates with `smolvm template ls`
         --- exit 1
     ");
-    insta::assert_snapshot!(home.run(&["template", "build", "tools:v1"]), @r"
-        $ smolvm template build tools:v1
+    // It would be pulled, from a registry that is not there.
+    insta::assert_snapshot!(home.run(&["template", "build", "127.0.0.1:1/tools:v1"]), @r"
+        $ smolvm template build 127.0.0.1:1/tools:v1
         --- stderr
-        error: there is no image named `tools:v1`
-        hint: see the images with `smolvm image list`; the default is `debian-12`
+        image 127.0.0.1:1/tools:v1: asking 127.0.0.1:1
+        error: cannot pull 127.0.0.1:1/tools:v1
+        caused by: asking 127.0.0.1:1: io: Connection refused (os error 111)
         --- exit 1
     ");
     insta::assert_snapshot!(home.run(&["template", "build", "--memory", "64"]), @r"

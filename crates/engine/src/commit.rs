@@ -99,8 +99,16 @@ impl Engine {
         // What a command meets in the image it met in the sandbox. The sandbox's own environment may
         // hold secrets, and stays with it.
         let config = base.map(|base| base.config).unwrap_or_default();
+        let source = format!("committed from sandbox `{}`", session.name());
+        let what = Receive {
+            image,
+            source,
+            config,
+            pause: options.pause,
+            expected,
+        };
         let staged = session
-            .unless_hung(self.receive(&session, image, config, options, expected, watcher, stop))
+            .unless_hung(self.receive(&session, what, watcher, stop))
             .await?;
         let mut store = Store::open(&self.layout().database())?;
         let published = self
@@ -120,28 +128,30 @@ impl Engine {
     }
 
     /// Has the guest send its root, and a thread write it.
-    #[expect(clippy::too_many_arguments, reason = "what an image is made with")]
-    async fn receive(
+    pub(crate) async fn receive(
         &self,
         session: &Session,
-        image: &ImageName,
-        config: ImageConfig,
-        options: &CommitOptions,
-        expected: u64,
+        what: Receive<'_>,
         watcher: &mut (dyn Watcher + Send),
         stop: impl Future<Output = ()> + Send,
     ) -> Result<Staged> {
+        let Receive {
+            image,
+            source,
+            config,
+            pause,
+            expected,
+        } = what;
         let cancel = Cancel::new()?;
         let mut stream = session.client.open(&Request::Archive(ArchiveRequest {
             path: b"/".to_vec().into(),
             follow: false,
             complete: Some(true),
-            hold: Some(options.pause),
+            hold: Some(pause),
         }))?;
         let (sender, pieces) = mpsc::channel(PIECES_MAX);
         let writing = tokio::task::spawn_blocking({
             let (engine, image, cancel) = (self.clone(), image.clone(), cancel.clone());
-            let source = format!("committed from sandbox `{}`", session.name());
             move || {
                 let mut pieces = PieceReader::new(pieces);
                 engine
@@ -220,11 +230,28 @@ impl Engine {
     }
 }
 
+/// What is made of a guest's root.
+pub(crate) struct Receive<'a> {
+    pub(crate) image: &'a ImageName,
+    /// Where it comes from, for people.
+    pub(crate) source: String,
+    pub(crate) config: ImageConfig,
+    /// Whether commands stand still meanwhile.
+    pub(crate) pause: bool,
+    /// Bytes that will come, roughly.
+    pub(crate) expected: u64,
+}
+
 /// How many bytes will come, roughly: the base, and what the writable layer holds.
 async fn expected_bytes(base: Option<&ImageInfo>, session: &Session) -> Result<u64> {
+    expected_over(base.map_or(0, |base| base.size_bytes), session).await
+}
+
+/// The same over a base of this size.
+pub(crate) async fn expected_over(base: u64, session: &Session) -> Result<u64> {
     let facts = session.facts_within(FACTS_TIME).await?;
     let changed = facts.disk_total_bytes.saturating_sub(facts.disk_free_bytes);
-    Ok(base.map_or(0, |base| base.size_bytes) + changed)
+    Ok(base + changed)
 }
 
 fn report(

@@ -839,7 +839,7 @@ impl Engine {
                 or_boot: false,
             });
             source = Some(snapshot.files.disk());
-        } else if fresh && self.why_no_template(row).is_none() {
+        } else if fresh && !beginning.plain && self.why_no_template(row).is_none() {
             match templates::obtain(&self.assets(), &self.config().keeper, row, &plan, None) {
                 Ok((template, _)) => {
                     plan.vm.memory = Memory::CopyOf(template.memory());
@@ -1224,6 +1224,7 @@ impl Engine {
                 self.remove_found_template(&dir)?;
             }
         }
+        pruned.extend(self.assets().prune_layers(&mut store, false, dry_run)?);
         let turn = self.assets().names_turn()?;
         let mut unused = self.assets().unused_images(&store, &turn)?;
         unused.extend(self.assets().idle_downloads()?);
@@ -1248,6 +1249,8 @@ pub(crate) struct Beginning<'a> {
     pub(crate) snapshot: Option<&'a Saved>,
     /// Whether the machine has a network device although it may reach nothing.
     pub(crate) nic: bool,
+    /// Whether it boots, and no template is made for it.
+    pub(crate) plain: bool,
     /// For a member of a pool, what it is to have run.
     pub(crate) park: Option<Vec<WarmCommand>>,
 }

@@ -436,7 +436,97 @@ impl Session {
         Ok(tally)
     }
 
-    async fn is_directory(&self, guest: &str) -> Result<bool> {
+    /// Has the guest unpack, below `directory`, the tar stream that `write` writes, on a thread of its
+    /// own. Directories above that are missing are made. What comes belongs to `owner`, or to whom the
+    /// stream says.
+    pub(crate) async fn put(
+        &self,
+        directory: &str,
+        owner: Option<&str>,
+        write: impl FnOnce(&mut dyn Write) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        absolute(directory)?;
+        let mut stream = self.client.open(&Request::Extract(ExtractRequest {
+            directory: directory.as_bytes().to_vec().into(),
+            make_parents: true,
+            owner: owner.map(ToOwned::to_owned),
+            file: None,
+        }))?;
+        let input = stream.input();
+        let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
+        let writer = tokio::task::spawn_blocking(move || {
+            write(&mut PieceWriter {
+                sender,
+                piece: Vec::with_capacity(PIECE_BYTES),
+            })
+        });
+        let send = async {
+            while let Some(piece) = pieces.recv().await {
+                if !input.write(&piece).await? {
+                    // The guest gave the stream up; its answer says why.
+                    return Ok(());
+                }
+            }
+            match writer.await {
+                Ok(Ok(())) => input.close(),
+                Ok(Err(error)) => Err(error),
+                Err(panic) => Err(Error::new(ErrorKind::Internal, "packing failed").because(panic)),
+            }
+        };
+        let answer = async {
+            loop {
+                match stream.next().await? {
+                    Heard::Event(Event::Done) => return Ok(()),
+                    Heard::Event(other) => return Err(self.confused(&other)),
+                    Heard::Data(..) | Heard::End(_) => {}
+                }
+            }
+        };
+        tokio::try_join!(send, answer).map(|_| ())
+    }
+
+    /// Copies a file or tree of this guest into another one: what `path` is, or with `contents` what is
+    /// in that directory. A file is named `name` there. Owners are kept unless one is given.
+    pub(crate) async fn copy_to(&self, path: &str, other: &Session, to: CopyTo) -> Result<()> {
+        let mut stream = self.client.open(&Request::Archive(ArchiveRequest {
+            path: path.as_bytes().to_vec().into(),
+            follow: true,
+            complete: None,
+            hold: None,
+        }))?;
+        let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let receive = async {
+            // Dropped with this block, so that the other side does not wait for more.
+            let mut sender = Some(sender);
+            loop {
+                match stream.next().await? {
+                    Heard::Data(Channel::Output, piece) => {
+                        // Whoever takes it may have seen the archive's end, or have failed.
+                        if let Some(queue) = &sender
+                            && queue.send(piece).await.is_err()
+                        {
+                            sender = None;
+                        }
+                    }
+                    Heard::Event(Event::Done) => {
+                        if let Some(queue) = &sender {
+                            let _ = queue.send(Vec::new()).await;
+                        }
+                        return Ok(());
+                    }
+                    Heard::Event(other) => return Err(self.confused(&other)),
+                    Heard::Data(..) | Heard::End(_) => {}
+                }
+            }
+        };
+        let (directory, owner) = (to.directory.clone(), to.owner.clone());
+        let put = other.put(&directory, owner.as_deref(), move |out| {
+            rename_entries(PieceReader::new(pieces), &to, out)
+        });
+        tokio::try_join!(receive, put).map(|_| ())
+    }
+
+    pub(crate) async fn is_directory(&self, guest: &str) -> Result<bool> {
         match self
             .list_dir(&format!("{}/.", guest.trim_end_matches('/')), true)
             .await
@@ -466,6 +556,71 @@ impl Drop for Feeding {
             let _ = ended.recv();
         }
     }
+}
+
+/// Where a copy from guest to guest goes.
+#[derive(Debug, Clone)]
+pub(crate) struct CopyTo {
+    /// Absolute path of a directory.
+    pub(crate) directory: String,
+    /// Name in it; none for what is in a directory.
+    pub(crate) name: Option<OsString>,
+    /// Owner of everything.
+    pub(crate) owner: Option<String>,
+    /// Permission bits of everything.
+    pub(crate) chmod: Option<u32>,
+}
+
+/// Passes a tar stream on, under other names.
+fn rename_entries(mut from: PieceReader, to: &CopyTo, out: &mut dyn Write) -> Result<()> {
+    let failed = |error| io_error("could not pass the files on from guest to guest", error);
+    let mut archive = tar::Archive::new(&mut from);
+    let mut builder = tar::Builder::new(out);
+    for entry in archive.entries().map_err(failed)? {
+        let mut entry = entry.map_err(failed)?;
+        let path = entry.path().map_err(failed)?.into_owned();
+        // The first part is the name of what was asked for.
+        let below: PathBuf = path.components().skip(1).collect();
+        let path = match &to.name {
+            // Joined to nothing, a name would get a slash at its end.
+            Some(name) if below.as_os_str().is_empty() => PathBuf::from(name),
+            Some(name) => Path::new(name).join(below),
+            None => below,
+        };
+        if path.as_os_str().is_empty() {
+            continue;
+        }
+        let kind = entry.header().entry_type();
+        let mut header = tar::Header::new_gnu();
+        let old = entry.header();
+        header.set_uid(old.uid().map_err(failed)?);
+        header.set_gid(old.gid().map_err(failed)?);
+        header.set_mtime(old.mtime().map_err(failed)?);
+        header.set_mode(to.chmod.unwrap_or(old.mode().map_err(failed)?));
+        header.set_size(0);
+        if kind.is_symlink() {
+            let target = entry.link_name().map_err(failed)?.unwrap_or_default();
+            header.set_entry_type(tar::EntryType::Symlink);
+            builder
+                .append_link(&mut header, &path, &target)
+                .map_err(failed)?;
+        } else if kind.is_dir() {
+            header.set_entry_type(tar::EntryType::Directory);
+            builder
+                .append_data(&mut header, &path, io::empty())
+                .map_err(failed)?;
+        } else {
+            header.set_size(entry.size());
+            builder
+                .append_data(&mut header, &path, &mut entry)
+                .map_err(failed)?;
+        }
+    }
+    builder
+        .into_inner()
+        .and_then(Write::flush)
+        .map_err(failed)?;
+    from.finish().map_err(failed)
 }
 
 /// A copy takes the place of a file and goes into a directory. Anything else that bears the target's

@@ -6,6 +6,7 @@
 //! images/<digest>/                 root.erofs, manifest.json, shared.ext4 (made on first use)
 //! images/.making-*, .removed-*     images on their way in and out
 //! images/downloads/                layers of images that are being pulled, and locks of pulls
+//! builds/<key>/                    disk.ext4: a layer that a build keeps
 //! kernels/<key>/                   vmlinux, modules/, kernel.json, initramfs-<agent stamp>.cpio
 //! engines/firecracker-v<version>/  firecracker, jailer, release.json
 //! templates/<purpose>-<ingredients>/  memory, state, disk.ext4, template.json
@@ -62,6 +63,18 @@ impl Layout {
     #[must_use]
     pub fn downloads(&self) -> PathBuf {
         self.images().join("downloads")
+    }
+
+    /// All layers that builds keep.
+    #[must_use]
+    pub fn builds(&self) -> PathBuf {
+        self.root.join("builds")
+    }
+
+    /// One of them, by its key.
+    #[must_use]
+    pub fn build_layer(&self, key: &str) -> PathBuf {
+        self.builds().join(key)
     }
 
     /// All kernels.

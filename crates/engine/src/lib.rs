@@ -28,6 +28,7 @@
 //! ```
 
 mod assets;
+mod build;
 mod client;
 mod commit;
 mod config;
@@ -62,6 +63,7 @@ mod templates;
 mod volumes;
 
 pub use assets::{Progress, Watcher};
+pub use build::{BuildFile, BuildSpec, BuildStep, BuildWatcher, BuiltImage};
 pub use commit::{CommitOptions, Committed};
 pub use config::{AccelChoice, BOOT_TIMEOUT_DEFAULT, Config};
 pub use connection::{Connection, ConnectionEvent, ConnectionInput, DatagramInput, DatagramSocket};

@@ -364,14 +364,14 @@ impl Engine {
         }
     }
 
-    /// Removes what no image needs: what killed processes and interrupted pulls left, and with `all`
+    /// Removes what no image needs: layers that builds keep, what killed processes and interrupted pulls left, and with `all`
     /// every image that no sandbox, snapshot or pool needs, but for the default one. With `dry_run` it
     /// only says what it would remove.
     pub fn prune_images(&self, all: bool, dry_run: bool) -> Result<Vec<Pruned>> {
-        let Some(store) = Store::open_existing(&self.layout().database())? else {
+        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(Vec::new());
         };
-        let mut pruned = Vec::new();
+        let mut pruned = self.assets().prune_layers(&mut store, true, dry_run)?;
         if all {
             for image in store.images()? {
                 if image.name == crate::spec::DEFAULT_IMAGE || store.needs_image(&image)? {

@@ -458,6 +458,7 @@ impl Engine {
         spec.take_defaults(&image.config);
         let row = self.insert(store, &spec, image.digest, kernel, Some(pool.id.clone()))?;
         let beginning = Beginning {
+            plain: false,
             snapshot: None,
             nic: pool.nic,
             park: Some(warm_commands(&pool.commands)),

@@ -149,6 +149,21 @@ impl Session {
         }
     }
 
+    /// Ends what commands have left running, and has everything written to the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] if the guest answers nothing.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        let settled = async {
+            match self.client.open(&Request::Settle)?.answer().await? {
+                Event::Done => Ok(()),
+                other => Err(self.confused(&other)),
+            }
+        };
+        self.unless_hung(settled).await
+    }
+
     /// Waits for `work`, and gives it up when the guest answers nothing any more: when a question that
     /// every guest answers at once is open for 20 s. Asks ten seconds after the last answer.
     ///

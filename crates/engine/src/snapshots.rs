@@ -533,6 +533,7 @@ impl Engine {
             let _ = made.send(name.clone());
         }
         let beginning = Beginning {
+            plain: false,
             snapshot: Some(saved),
             nic: row.nic,
             park: None,

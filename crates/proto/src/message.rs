@@ -60,6 +60,10 @@ pub enum Request {
     /// [`Event::Done`].
     #[n(12)]
     Grow(#[n(0)] GrowRequest),
+    /// Ends what commands have left running, and writes everything to the disk, so that a copy of it
+    /// has all of it. Other requests go on being served. [`Event::Done`].
+    #[n(13)]
+    Settle,
 }
 
 /// A command to run.

@@ -270,6 +270,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Accept(AcceptRequest { connection: 7 }),
         Request::Datagrams(DatagramsRequest { to: internet() }),
         Request::Grow(GrowRequest { bytes: 8 << 30 }),
+        Request::Settle,
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
@@ -297,6 +298,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Accept(_) => "request.accept",
         Request::Datagrams(_) => "request.datagrams",
         Request::Grow(_) => "request.grow",
+        Request::Settle => "request.settle",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }

@@ -232,14 +232,30 @@ impl Running {
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
         let stdout = self.stdout.as_ref().expect("standard output is read here");
+        self.wait_in(stdout, text);
+    }
+
+    /// Waits until `text` has appeared on standard error.
+    ///
+    /// # Panics
+    ///
+    /// If it does not, with all that did.
+    #[track_caller]
+    pub fn wait_for_error(&self, text: &str) {
+        self.wait_in(&self.stderr, text);
+    }
+
+    #[track_caller]
+    fn wait_in(&self, output: &Output, text: &str) {
+        let seen = output.wait(Instant::now() + PATIENCE, |bytes, _| {
+            contains(bytes, text.as_bytes())
+        });
+        let stdout = self.stdout.as_ref().map(Output::bytes).unwrap_or_default();
         assert!(
-            stdout.wait(Instant::now() + PATIENCE, |bytes, _| contains(
-                bytes,
-                text.as_bytes()
-            )),
+            seen,
             "`{}` did not say {text:?}\n{}",
             self.line,
-            shown(&stdout.bytes(), &self.stderr.bytes()),
+            shown(&stdout, &self.stderr.bytes()),
         );
     }
 

@@ -88,6 +88,12 @@ pub(crate) fn inspect(args: &InspectArgs, cx: &Context) -> Result<Outcome, CliEr
     for (name, value) in &config.env {
         lines.push(("env", format!("{name}={value}")));
     }
+    for port in &config.ports {
+        lines.push(("port", port.clone()));
+    }
+    for (name, value) in &config.labels {
+        lines.push(("label", format!("{name}={value}")));
+    }
     for (name, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
         // An image is a stranger's: its words must not reach the terminal as they are.
         cx.out
@@ -100,6 +106,8 @@ pub(crate) fn inspect(args: &InspectArgs, cx: &Context) -> Result<Outcome, CliEr
         "env": config.env.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>(),
         "entrypoint": config.entrypoint,
         "cmd": config.cmd,
+        "labels": config.labels.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+        "ports": config.ports,
     });
     Ok(json!({ "image": data }).into())
 }
@@ -293,7 +301,8 @@ Examples:
   smolvm image prune
   smolvm image prune --all --dry-run
 
-Without --all only what killed processes and interrupted pulls have left goes. The default image stays.")]
+Without --all only the layers that builds keep go, and what killed processes and interrupted pulls have
+left. The default image stays.")]
 pub(crate) struct PruneArgs {
     /// Also every image that no sandbox, snapshot or pool needs
     #[arg(short, long)]

@@ -194,10 +194,21 @@ enum Policy {
 
 /// When an image is pulled; see [`PullPolicy`].
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Pull {
+pub(crate) enum Pull {
     Missing,
     Always,
     Never,
+}
+
+impl Pull {
+    /// What was meant.
+    pub(crate) fn policy(self) -> PullPolicy {
+        match self {
+            Self::Missing => PullPolicy::Missing,
+            Self::Always => PullPolicy::Always,
+            Self::Never => PullPolicy::Never,
+        }
+    }
 }
 
 /// Where changes go; see [`DiskMode`].
@@ -254,11 +265,7 @@ impl Machine {
 
     /// When its image is to be pulled.
     pub(crate) fn pull(&self) -> PullPolicy {
-        match self.pull {
-            Pull::Missing => PullPolicy::Missing,
-            Pull::Always => PullPolicy::Always,
-            Pull::Never => PullPolicy::Never,
-        }
+        self.pull.policy()
     }
 
     /// Creates the sandbox. A generated name that another process took meanwhile is replaced.

@@ -4,6 +4,7 @@
 //! [`Context::out`] as it goes, and returns the same data for programs in an [`Outcome`].
 
 pub(crate) mod bench;
+pub(crate) mod build;
 pub(crate) mod commit;
 pub(crate) mod completion;
 pub(crate) mod cp;
@@ -227,6 +228,7 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Image(group) => match group.command {
             Some(ImageCommand::List(args)) => verb!("image.list", image::list, args),
+            Some(ImageCommand::Build(args)) => verb!("image.build", build::run, args),
             Some(ImageCommand::Pull(args)) => verb!("image.pull", image::pull, args),
             Some(ImageCommand::Save(args)) => verb!("image.save", image::save, args),
             Some(ImageCommand::Prune(args)) => verb!("image.prune", image::prune, args),

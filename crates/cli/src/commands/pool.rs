@@ -1,7 +1,7 @@
 //! `smolvm pool`: sandboxes made ahead of demand.
 
 use serde_json::{Value, json};
-use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PoolSpec};
+use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PoolSpec, PullPolicy};
 
 use super::machine::Shape;
 use super::{Context, Outcome, block_on};
@@ -72,6 +72,7 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
         let mut signals = Signals::install()?;
         if args.size > 0 {
             let kernel = KernelChoice::Auto;
+            prepare::pull(cx, &engine, &mut signals, &spec.image, PullPolicy::Missing).await?;
             prepare::image(cx, &engine, &mut signals, &spec.image, &kernel, spec.nic).await?;
         }
         let mut last = 0;

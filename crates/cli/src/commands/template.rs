@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
-use smolvm_engine::{DEFAULT_IMAGE, NetworkSpec, TemplateInfo};
+use smolvm_engine::{DEFAULT_IMAGE, NetworkSpec, PullPolicy, TemplateInfo};
 
 use super::machine::{Kind, kernel_choice};
 use super::{Context, Outcome, block_on};
@@ -74,6 +74,7 @@ pub(crate) fn build(args: &BuildArgs, cx: &Context) -> Result<Outcome, CliError>
     let done = block_on(async {
         let mut signals = Signals::install()?;
         let (image, kernel) = (&spec.image, &spec.kernel);
+        prepare::pull(cx, &engine, &mut signals, image, PullPolicy::Missing).await?;
         prepare::image(cx, &engine, &mut signals, image, kernel, args.network).await?;
         prepare::note_emulation(cx, &engine);
         let (sender, receiver) = std::sync::mpsc::channel();

@@ -101,6 +101,18 @@ impl Store {
                     .collect()
             };
             (image.config.entrypoint, image.config.cmd) = (read("entrypoint")?, read("cmd")?);
+            let mut labels = self.connection.prepare_cached(
+                "SELECT name, value FROM image_labels WHERE image = ? ORDER BY name",
+            )?;
+            image.config.labels = labels
+                .query_map([&image.name], |row| Ok((row.get(0)?, row.get(1)?)))?
+                .collect::<rusqlite::Result<_>>()?;
+            let mut ports = self
+                .connection
+                .prepare_cached("SELECT port FROM image_ports WHERE image = ? ORDER BY port")?;
+            image.config.ports = ports
+                .query_map([&image.name], |row| row.get(0))?
+                .collect::<rusqlite::Result<_>>()?;
         }
         Ok(images)
     }
@@ -230,6 +242,18 @@ fn insert(transaction: &Transaction<'_>, image: &ImageRow) -> rusqlite::Result<(
             [&image.name, name, value],
         )?;
     }
+    for (name, value) in &image.config.labels {
+        transaction.execute(
+            "INSERT INTO image_labels (image, name, value) VALUES (?, ?, ?)",
+            [&image.name, name, value],
+        )?;
+    }
+    for port in &image.config.ports {
+        transaction.execute(
+            "INSERT INTO image_ports (image, port) VALUES (?, ?)",
+            [&image.name, port],
+        )?;
+    }
     let parts = [
         ("entrypoint", &image.config.entrypoint),
         ("cmd", &image.config.cmd),
@@ -277,6 +301,8 @@ mod tests {
             env: vec![pair("A", "1"), pair("PATH", "/bin")],
             entrypoint: vec!["/init".to_owned(), "--".to_owned()],
             cmd: vec!["b".to_owned(), "a".to_owned()],
+            labels: vec![pair("org.b", "2"), pair("x", "")],
+            ports: vec!["53/udp".to_owned(), "80/tcp".to_owned()],
         };
         store.put_image(&full).expect("written");
         for name in ["python:3.12", "docker.io/library/python:3.12"] {

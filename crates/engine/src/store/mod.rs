@@ -5,6 +5,7 @@
 //! conditional updates: of two processes that want to start one sandbox, one wins, and the other
 //! sees who did. Columns, not blobs; schema changes are numbered files in `schema/`.
 
+mod builds;
 mod images;
 mod networks;
 pub(crate) mod pools;
@@ -24,6 +25,7 @@ use rusqlite_migration::{M, Migrations, SchemaVersion};
 
 use crate::error::{Error, ErrorKind, Result};
 
+pub use builds::BuildLayerRow;
 pub(crate) use images::{Removal, Users};
 pub use networks::{NetworkMode, NetworkRow};
 pub use pools::PoolRow;
@@ -41,6 +43,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0006_ssh.sql"),
     include_str!("../../schema/0007_volumes.sql"),
     include_str!("../../schema/0008_user_network.sql"),
+    include_str!("../../schema/0009_builds.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

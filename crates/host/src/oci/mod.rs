@@ -27,8 +27,8 @@ pub use digest::{Digest, DigestError};
 pub use reference::{DEFAULT_REGISTRY, Reference, ReferenceError};
 pub use registry::{ProxySettings, RegistrySettings, Remote, RemoteLayer};
 pub use save::{SavedImage, save_images};
-pub use spec::{ImageConfig, Platform};
-pub use unpack::{Layer, OciRequest, unpack_image};
+pub use spec::{ImageConfig, Platform, WARMUP_LABEL};
+pub use unpack::{Layer, OciRequest, uncompressed, unpack_image};
 
 #[cfg(test)]
 mod tests;

@@ -131,6 +131,20 @@ fn config_file(image: &SavedImage, layer: &Digest) -> Value {
             said[key] = json!(words);
         }
     }
+    if !config.labels.is_empty() {
+        let labels = config.labels.iter();
+        said["Labels"] = labels
+            .map(|(name, value)| (name.clone(), json!(value)))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+    }
+    if !config.ports.is_empty() {
+        let ports = config.ports.iter();
+        said["ExposedPorts"] = ports
+            .map(|port| (port.clone(), json!({})))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+    }
     let texts = [("User", &config.user), ("WorkingDir", &config.workdir)];
     for (key, text) in texts {
         if let Some(text) = text {

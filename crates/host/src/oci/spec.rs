@@ -17,6 +17,8 @@ const LAYERS_MAX: usize = 1024;
 /// What environment and commands of an image may take together. A command with its environment has
 /// to fit a request to the guest, and the user's own words have to fit beside them.
 const WORDS_BYTES_MAX: usize = 32 * 1024;
+/// What its labels and ports may take together.
+const LABELS_BYTES_MAX: usize = 256 * 1024;
 
 /// Points to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -194,6 +196,27 @@ pub struct ImageConfig {
     pub entrypoint: Vec<String>,
     /// `CMD`: what is run if no command is given.
     pub cmd: Vec<String>,
+    /// `LABEL`, each name once. They say something to people and programs, and nothing here but
+    /// [`WARMUP_LABEL`].
+    pub labels: Vec<(String, String)>,
+    /// `EXPOSE`, as `PORT/PROTOCOL`. They say what a program in the image may listen on, and publish
+    /// nothing.
+    pub ports: Vec<String>,
+}
+
+/// The label whose value is a command for a shell, to be run in a machine that others are to be copies
+/// of.
+pub const WARMUP_LABEL: &str = "smolvm.warmup";
+
+impl ImageConfig {
+    /// The command that warms a machine up, if there is one.
+    #[must_use]
+    pub fn warmup(&self) -> Option<&str> {
+        let mut labels = self.labels.iter();
+        labels
+            .find(|(name, _)| name == WARMUP_LABEL)
+            .map(|(_, command)| command.as_str())
+    }
 }
 
 /// The file that describes an image's layers and its [`ImageConfig`].
@@ -227,6 +250,8 @@ struct RawConfig {
     env: Option<Vec<String>>,
     entrypoint: Option<Vec<String>>,
     cmd: Option<Vec<String>>,
+    labels: Option<BTreeMap<String, String>>,
+    exposed_ports: Option<BTreeMap<String, serde::de::IgnoredAny>>,
 }
 
 impl ConfigFile {
@@ -261,6 +286,8 @@ impl ConfigFile {
             env: Vec::new(),
             entrypoint: raw.entrypoint.unwrap_or_default(),
             cmd: raw.cmd.unwrap_or_default(),
+            labels: raw.labels.unwrap_or_default().into_iter().collect(),
+            ports: raw.exposed_ports.unwrap_or_default().into_keys().collect(),
         };
         if let Some(workdir) = &mut config.workdir
             && !workdir.starts_with('/')
@@ -292,6 +319,20 @@ impl ConfigFile {
                 "its environment and commands take more than {WORDS_BYTES_MAX} bytes"
             )));
         }
+        let others = || {
+            let labels = config.labels.iter();
+            labels
+                .flat_map(|(name, value)| [name, value])
+                .chain(&config.ports)
+        };
+        if others().any(|word| word.contains('\0')) {
+            return Err(wrong().because("it has a NUL byte in a label or port"));
+        }
+        if others().map(|word| word.len() + 16).sum::<usize>() > LABELS_BYTES_MAX {
+            return Err(wrong().because(format!(
+                "its labels and ports take more than {LABELS_BYTES_MAX} bytes"
+            )));
+        }
         Ok(Self { config, diff_ids })
     }
 }
@@ -316,7 +357,8 @@ mod tests {
     fn what_an_image_says_of_its_commands_is_read() {
         let text = r#"{"architecture":"amd64","os":"linux","config":{"User":"app:staff",
             "WorkingDir":"srv","Env":["A=1","PATH=/bin","ODD","A=x=y"],"Entrypoint":["/init"],
-            "Cmd":["a","b"],"Labels":null},"rootfs":{"type":"layers","diff_ids":[]}}"#;
+            "Cmd":["a","b"],"Labels":{"b":"2","smolvm.warmup":"true"},"ExposedPorts":{"80/tcp":{}}},
+            "rootfs":{"type":"layers","diff_ids":[]}}"#;
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(
             config(text).unwrap().config,
@@ -326,8 +368,11 @@ mod tests {
                 env: vec![pair("PATH", "/bin"), pair("A", "x=y")],
                 entrypoint: vec!["/init".to_owned()],
                 cmd: vec!["a".to_owned(), "b".to_owned()],
+                labels: vec![pair("b", "2"), pair(WARMUP_LABEL, "true")],
+                ports: vec!["80/tcp".to_owned()],
             }
         );
+        assert_eq!(config(text).unwrap().config.warmup(), Some("true"));
         // Absent, null and empty are the same.
         for text in [
             r#"{"rootfs":{"diff_ids":null}}"#,
@@ -354,6 +399,7 @@ mod tests {
             ),
             (r#"{"config":{"Env":["=x"]},"rootfs":{}}"#, "has no name"),
             (r#"{"config":{"Cmd":["a\u0000"]},"rootfs":{}}"#, "NUL"),
+            (r#"{"config":{"Labels":{"a":"\u0000"}},"rootfs":{}}"#, "NUL"),
             (
                 &format!(r#"{{"config":{{"Cmd":["{long}"]}},"rootfs":{{}}}}"#),
                 "more than",

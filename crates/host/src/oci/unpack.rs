@@ -181,6 +181,25 @@ fn apply<W: io::Write + io::Seek>(
     Ok(bytes)
 }
 
+/// The uncompressed bytes of a stream that is gzip, xz, zstd or plain, as its first bytes tell.
+///
+/// # Errors
+///
+/// Those of reading.
+pub fn uncompressed<'r>(source: impl Read + 'r) -> io::Result<Box<dyn Read + 'r>> {
+    let mut source = BufReader::with_capacity(BUFFER, source);
+    // One read of a file gives as much as is looked at.
+    if source.fill_buf()?.starts_with(&XZ_MAGIC) {
+        return Ok(Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(
+            source,
+        )));
+    }
+    decompress(source)
+}
+
+/// The .xz File Format, section 2.1.1.1.
+const XZ_MAGIC: [u8; 6] = [0xfd, b'7', b'z', b'X', b'Z', 0];
+
 /// The uncompressed bytes of a stream that is gzip, zstd or plain.
 pub(super) fn decompress<'r>(source: impl Read + 'r) -> io::Result<Box<dyn Read + 'r>> {
     let mut source = BufReader::with_capacity(BUFFER, source);
@@ -349,6 +368,21 @@ mod tests {
         }
         for short in [&b""[..], b"a", b"abc"] {
             assert_eq!(all(short).unwrap(), short);
+        }
+    }
+
+    #[test]
+    fn files_may_be_xz_as_well() {
+        let text = b"some text".repeat(5000);
+        let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 0);
+        xz.write_all(&text).unwrap();
+        for bytes in [xz.finish().unwrap(), gzip(&text), text.clone()] {
+            let mut read = Vec::new();
+            uncompressed(bytes.as_slice())
+                .unwrap()
+                .read_to_end(&mut read)
+                .unwrap();
+            assert_eq!(read, text);
         }
     }
 

@@ -1,6 +1,7 @@
 //! End-to-end tests: the real programs, real machines, one module for each feature.
 
 mod accel;
+mod builds;
 mod concurrency;
 mod copies;
 mod counts;
