@@ -43,7 +43,8 @@ milliseconds: create; start (until its keeper and VMM are launched); ready (crea
 commands); first (the first `true`); answer (create until that is answered); next (the median of 20
 more); python (the first `python3 -c 'print(6*7)'`); stop; delete (of a stopped one); kill (delete
 of a running one); run (create, `true`, kill); total (create until deleted). memory is what its
-machine has written after the first command, and shares with no other, in MiB.")]
+machine has written after the first command, and shares with no other, in MiB. A template that is
+not there is built before the first life, which is no part of any life: `template build`.")]
 pub(crate) struct Args {
     /// Lives of each kind
     #[arg(short = 'n', long, value_name = "COUNT", default_value_t = 5)]
@@ -131,10 +132,16 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         },
         ..args.clone()
     };
-    let (lives, per_second) = block_on(async {
+    let (build, (lives, per_second)) = block_on(async {
         let mut signals = Signals::install()?;
         prepare::image(cx, &engine, &mut signals, &args.image, &kernel, false).await?;
-        measure(args, cx, &engine, &kernel, &mut signals).await
+        let build = if args.ways.contains(&Way::Template) {
+            build_template(args, cx, &engine, &kernel, &mut signals).await?
+        } else {
+            None
+        };
+        let lives = measure(args, cx, &engine, &kernel, &mut signals).await?;
+        Ok::<_, CliError>((build, lives))
     })?;
     let mut stamp = environment(&engine);
     stamp.insert(
@@ -153,8 +160,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
             )
         })
         .collect();
-    show(cx, &ways, per_second, &stamp)?;
+    show(cx, &ways, build, per_second, &stamp)?;
     let mut data = data(args, &ways, stamp, began, clock.elapsed());
+    data["template_build_ms"] = json!(build.map(units::millis));
     data["lives_per_second"] = json!(per_second);
     if let Some(path) = &args.output {
         write(path, &data)?;
@@ -177,6 +185,35 @@ fn medians(series: &[Series]) -> Vec<(&'static str, f64)> {
         .filter(|((_, name), _)| name.ends_with("_ms"))
         .map(|((column, _), series)| (*column, series.percentile(50)))
         .collect()
+}
+
+/// Finds the template that the lives start from, or builds it, so that none of them has to: the time
+/// that took, if it was built.
+async fn build_template(
+    args: &Args,
+    cx: &Context,
+    engine: &Engine,
+    kernel: &KernelChoice,
+    signals: &mut Signals,
+) -> Result<Option<Duration>, CliError> {
+    // Measured once after each boot of the host, and no part of a build.
+    engine.acceleration()?;
+    let mut spec = SandboxSpec::new(engine.unused_name()?);
+    spec.image.clone_from(&args.image);
+    spec.kernel.clone_from(kernel);
+    let engine = engine.clone();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    prepare::long(cx, signals, move |meter, cancel| {
+        let begin = Instant::now();
+        let done = engine.build_template(&spec, meter, cancel)?;
+        // Received below, when this has ended.
+        let _ = sender.send(done.built.then(|| begin.elapsed()));
+        Ok(())
+    })
+    .await?;
+    receiver
+        .recv()
+        .map_err(|error| CliError::io("building the template", std::io::Error::other(error)))
 }
 
 /// The lives of each way, and how many short ones end in a second.
@@ -467,6 +504,7 @@ impl Series {
 fn show(
     cx: &Context,
     ways: &[(Way, Vec<Series>)],
+    build: Option<Duration>,
     per_second: Option<f64>,
     stamp: &Map<String, Value>,
 ) -> Result<(), CliError> {
@@ -488,6 +526,11 @@ fn show(
             rows.collect(),
         )?;
         cx.out.line("")?;
+    }
+    if let Some(build) = build {
+        let build = units::millis(build);
+        cx.out
+            .line(&format!("template build: {build:.1} ms, once"))?;
     }
     if let Some(per_second) = per_second {
         cx.out.line(&format!(

@@ -116,6 +116,28 @@ fn templates_can_be_switched_off() {
     home.rm(&["box"]);
 }
 
+#[test]
+fn the_benchmark_builds_its_template_before_the_first_life() {
+    let home = Home::new(4);
+    let templates = own_templates(&home);
+    let measure = || {
+        let args = ["bench", "lifecycle", "-n", "1", "--ways", "template"];
+        home.json(args)
+    };
+    let first = measure();
+    assert!(
+        first["template_build_ms"].is_f64(),
+        "a life built it: {first:#}"
+    );
+    only_template(&templates);
+    let second = measure();
+    assert!(
+        second["template_build_ms"].is_null(),
+        "it was built twice: {second:#}"
+    );
+    assert_eq!(second["results"]["total_ms"]["stats"]["count"], 1);
+}
+
 /// The one template of a home.
 fn only_template(templates: &Path) -> PathBuf {
     let mut found = std::fs::read_dir(templates)
