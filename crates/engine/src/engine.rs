@@ -174,17 +174,6 @@ pub struct MissingPackage {
     pub why: String,
 }
 
-/// Something [`Engine::prune`] removed, or would.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pruned {
-    /// `sandbox`, `template` or `leftover`.
-    pub kind: &'static str,
-    /// Its name, or the leftover's path.
-    pub name: String,
-    /// Bytes it takes on the disk.
-    pub bytes: u64,
-}
-
 impl Engine {
     /// An engine for this configuration.
     #[must_use]
@@ -1091,6 +1080,10 @@ impl Engine {
 
     /// Removes the sandbox of this row.
     pub(crate) async fn delete_row(&self, store: &mut Store, row: SandboxRow) -> Result<()> {
+        if teardown::is_out_of_reach(self.layout(), store, &row)? {
+            // Nobody can ask it to end.
+            teardown::end_processes(&row)?;
+        }
         // One that cannot be repaired, as on a full disk, is off, and can be removed.
         let Some(row) = teardown::row_to_show(self.os(), self.layout(), store, row)? else {
             return Ok(());
@@ -1155,90 +1148,6 @@ impl Engine {
         })
         .await?;
         if changed { Ok(None) } else { Err(refused) }
-    }
-
-    /// Removes leftovers that belong to no sandbox and templates that no start would use, and with
-    /// `stopped` also every sandbox that is off. With `dry_run` it only says what it would remove.
-    pub async fn prune(&self, dry_run: bool, stopped: bool) -> Result<Vec<Pruned>> {
-        let Some(mut store) = Store::open_existing(&self.layout().database())? else {
-            return Ok(Vec::new());
-        };
-        if !dry_run {
-            // Nothing is left afterwards, not even what a keeper is taking away just now.
-            let rows = store.sandboxes()?;
-            for row in rows.iter().filter(|row| row.state == State::Deleting) {
-                wait_for_end(row).await?;
-            }
-        }
-        let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
-        let mut pruned = Vec::new();
-        for row in rows
-            .iter()
-            .filter(|row| stopped && !row.state.is_held() && !row.spec.name.is_hidden())
-        {
-            pruned.push(Pruned {
-                kind: "sandbox",
-                name: row.spec.name.to_string(),
-                bytes: used_below(self.layout().sandbox(&row.id).path()),
-            });
-            if !dry_run {
-                self.delete(row.spec.name.as_str()).await?;
-            }
-        }
-        for entry in entries(&self.layout().sandboxes())? {
-            let id = entry.file_name().to_string_lossy().into_owned();
-            // Read again for each: a sandbox may have been made since, and its row comes first.
-            if store.sandbox(&id)?.is_some() {
-                continue;
-            }
-            pruned.push(Pruned {
-                kind: "leftover",
-                name: entry.path().display().to_string(),
-                bytes: used_below(&entry.path()),
-            });
-            if !dry_run {
-                self.os()
-                    .remove_tree("remove the leftover", &entry.path())?;
-            }
-        }
-        if !dry_run {
-            self.reconcile_volumes(&mut store)?;
-        }
-        for path in self.stray_volumes(&store)? {
-            pruned.push(Pruned {
-                kind: "leftover",
-                name: path.display().to_string(),
-                bytes: used_below(&path),
-            });
-            if !dry_run {
-                self.os().remove_tree("remove the leftover", &path)?;
-            }
-        }
-        for (id, dir) in self.unused_templates(&mut store)? {
-            pruned.push(Pruned {
-                kind: if id.is_some() { "template" } else { "leftover" },
-                name: id.unwrap_or_else(|| dir.display().to_string()),
-                bytes: used_below(&dir),
-            });
-            if !dry_run {
-                self.remove_found_template(&dir)?;
-            }
-        }
-        pruned.extend(self.assets().prune_layers(&mut store, false, dry_run)?);
-        let turn = self.assets().names_turn()?;
-        let mut unused = self.assets().unused_images(&store, &turn)?;
-        unused.extend(self.assets().idle_downloads()?);
-        for path in unused {
-            pruned.push(Pruned {
-                kind: "leftover",
-                name: path.display().to_string(),
-                bytes: used_below(&path),
-            });
-            if !dry_run {
-                self.assets().remove_unused_image(&path, &turn)?;
-            }
-        }
-        Ok(pruned)
     }
 }
 

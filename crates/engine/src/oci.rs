@@ -17,9 +17,10 @@ use smolvm_host::oci::{
 use smolvm_host::os::{Lock, Os};
 
 use crate::assets::{Assets, Progress, Watcher, unknown_image};
-use crate::engine::{Engine, ImageInfo, Pruned, entries, used_below};
+use crate::engine::{Engine, ImageInfo, entries, used_below};
 use crate::error::{Error, ErrorKind, Result};
 use crate::images::{ImageName, Making, Published, Staged, reference};
+use crate::prune::Pruned;
 use crate::store::{ImageRow, Store};
 
 /// Where an archive of images comes from.

@@ -20,8 +20,8 @@ use tokio::task::JoinSet;
 
 use crate::assets::stamp;
 use crate::engine::{
-    Beginning, Engine, KEEPER_PATIENCE, StartTimes, blocking, myself, random_u64, unknown_sandbox,
-    used_below,
+    Beginning, Engine, KEEPER_PATIENCE, StartTimes, blocking, entries, myself, random_u64,
+    unknown_sandbox, used_below,
 };
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::SavedMachine;
@@ -693,6 +693,15 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Directories of no snapshot: a row comes before its directory, and goes after it.
+    pub(crate) fn stray_snapshots(&self, store: &Store) -> Result<Vec<PathBuf>> {
+        let found = entries(&self.layout().snapshots())?;
+        let rows = store.snapshots()?;
+        let known = |path: &PathBuf| rows.iter().any(|row| self.snapshot_dir(&row.id) == *path);
+        let found = found.iter().map(std::fs::DirEntry::path);
+        Ok(found.filter(|path| !known(path)).collect())
     }
 
     /// A name after the sandbox that no snapshot has at this moment.

@@ -196,7 +196,10 @@ pub(crate) fn reconcile_row(
         None => false,
     };
     if holder_alive {
-        return Ok(false);
+        return match is_out_of_reach(layout, store, row)? {
+            true => Err(out_of_reach(layout, row)),
+            false => Ok(false),
+        };
     }
     // Held while repairing, so that no start comes in between.
     let lock = try_lock(os, layout, &row.id)?;
@@ -223,6 +226,38 @@ pub(crate) fn reconcile_row(
             Ok(true)
         }
     }
+}
+
+/// Whether somebody removed the directory of a sandbox that runs, and with it the only way to its keeper.
+pub(crate) fn is_out_of_reach(layout: &Layout, store: &Store, row: &SandboxRow) -> Result<bool> {
+    let dir = layout.sandbox(&row.id);
+    let runs =
+        |row: &SandboxRow| matches!(row.state, State::Running | State::Paused | State::Stopping);
+    if !runs(row) || dir.path().exists() {
+        return Ok(false);
+    }
+    // Its keeper removes the directory too, once its row says so.
+    let Some(now) = store.sandbox(&row.id)?.filter(runs) else {
+        return Ok(false);
+    };
+    match &now.holder {
+        Some(holder) if row.holder.as_ref() == Some(holder) => Ok(holder.is_alive()?),
+        _ => Ok(false),
+    }
+}
+
+fn out_of_reach(layout: &Layout, row: &SandboxRow) -> Error {
+    let name = called(row);
+    let keeper = row.holder.as_ref().map_or(0, |holder| holder.pid);
+    Error::new(
+        ErrorKind::State,
+        format!(
+            "sandbox `{name}` cannot be reached, though its machine runs (keeper {keeper}): its directory {} \
+             was removed",
+            layout.sandbox(&row.id).path().display()
+        ),
+    )
+    .hint(format!("end it with `smolvm rm {name}`"))
 }
 
 /// What to call a sandbox in front of people.

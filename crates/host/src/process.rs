@@ -1,8 +1,10 @@
 //! Processes that are not our children, named so that a recycled number is never mistaken.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -137,6 +139,35 @@ impl ProcessIdentity {
     }
 }
 
+/// Numbers of the processes that were started with this argument, by `/proc/<pid>/cmdline`.
+///
+/// # Errors
+///
+/// If `/proc` cannot be read. Processes that end meanwhile are passed over.
+pub fn with_argument(argument: &OsStr) -> Result<Vec<u32>, HostError> {
+    let failed = |source: io::Error| {
+        HostError::new(HostErrorKind::from(source.kind()), "list", "/proc").because(source)
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        if line
+            .split(|byte| *byte == 0)
+            .any(|word| word == argument.as_bytes())
+        {
+            found.push(pid);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
 /// Waits until `fd` is readable; `false` if `timeout` passes first.
 pub(crate) fn wait_readable(
     fd: &impl std::os::fd::AsFd,
@@ -252,6 +283,25 @@ mod tests {
         ProcessIdentity::of(child.id().cast_signed())
             .unwrap()
             .unwrap()
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_argument() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "echo; read line", "a test", "/a/file of this test"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        // The kernel shows the arguments a moment after the program runs.
+        let said = child.stdout.as_mut().expect("a pipe");
+        io::Read::read_exact(said, &mut [0]).expect("a line");
+        let found = with_argument("/a/file of this test".as_ref()).expect("/proc");
+        let none = with_argument("/a/file of this".as_ref()).expect("/proc");
+        child.kill().expect("killed");
+        child.wait().expect("gone");
+        assert_eq!(found, [child.id()]);
+        assert!(none.is_empty(), "{none:?}");
     }
 
     #[test]

@@ -741,7 +741,7 @@ async fn what_belongs_to_no_sandbox_is_pruned() {
     engine.start("a").await.expect("started");
     let stray = home.layout().sandboxes().join("0000000000000000");
     std::fs::create_dir(&stray).expect("a directory");
-    let would = engine.prune(true, true).await.expect("a dry run");
+    let would = engine.prune(true, true).await.expect("a dry run").pruned;
     assert_eq!(would.len(), 1, "{would:?}");
     assert!(stray.exists());
     engine.prune(false, true).await.expect("pruned");
@@ -805,14 +805,14 @@ async fn a_template_is_built_once_and_used_until_something_changes() {
     std::fs::create_dir(&half).expect("a directory");
     let kinds = |pruned: &[Pruned]| pruned.iter().map(|it| it.kind).collect::<Vec<_>>();
     let would = engine.prune(true, false).await.expect("a dry run");
-    assert_eq!(kinds(&would), ["template", "leftover"]);
+    assert_eq!(kinds(&would.pruned), ["template", "leftover"]);
     assert!(dir.exists() && half.exists());
     // One that is being built is none of a prune's business.
     let os = Os::new();
     let lock = home.layout().templates().join(format!("{prefix}.lock"));
     let builder = os.lock("build", &lock).expect("the lock");
     let pruned = engine.prune(false, false).await.expect("pruned");
-    assert_eq!(kinds(&pruned), ["template"]);
+    assert_eq!(kinds(&pruned.pruned), ["template"]);
     assert!(!dir.exists() && half.exists());
     drop(builder);
     engine.prune(false, false).await.expect("pruned");

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use smolvm_host::oci::ImageConfig;
 
 use crate::assets::Assets;
-use crate::engine::{Engine, Pruned, entries, random_u64, used_below};
+use crate::engine::{Engine, entries, random_u64, used_below};
 use crate::error::{Error, Result, io};
 use crate::images::{ImageName, Making, Published};
+use crate::prune::Pruned;
 use crate::store::{BuildLayerRow, ImageRow, Store};
 
 /// Name of the directory in which a layer is made.

@@ -220,7 +220,7 @@ fn sql(doing: impl Into<String>, error: rusqlite::Error) -> Error {
     match kind {
         ErrorKind::State => failure.hint(
             "restore the file from a backup, or move it away: images are then prepared anew, and \
-             `smolvm sandbox prune` removes what is left of the sandboxes",
+             `smolvm sandbox prune` removes what is left of the sandboxes that do not run",
         ),
         ErrorKind::NoSpace => failure.hint(reserve::FREE_SPACE),
         _ => failure,
