@@ -9,6 +9,8 @@ pub(crate) struct BootOptions {
     pub(crate) rootfs: String,
     /// Where changes go.
     pub(crate) upper: Upper,
+    /// Port of the host at which it waits for the agent; the virtio port if absent.
+    pub(crate) vsock: Option<u32>,
     /// Whether each step is timed on the console.
     pub(crate) debug: bool,
 }
@@ -66,10 +68,18 @@ pub(crate) fn parse(text: &str) -> Result<BootOptions, CmdlineError> {
             return Err(invalid("smolvm.upper", other, "tmpfs or a path below /dev"));
         }
     };
+    let vsock = match value("smolvm.vsock") {
+        Ok(port) => match port.parse() {
+            Ok(number) => Some(number),
+            Err(_) => return Err(invalid("smolvm.vsock", port, "a port number")),
+        },
+        Err(_) => None,
+    };
     Ok(BootOptions {
         root,
         rootfs,
         upper,
+        vsock,
         debug: text
             .split_ascii_whitespace()
             .any(|word| word == "smolvm.debug"),
@@ -97,17 +107,25 @@ mod tests {
                 root: "/dev/vda".to_owned(),
                 rootfs: "erofs".to_owned(),
                 upper: Upper::Device("/dev/vdb".to_owned()),
+                vsock: None,
                 debug: false,
             })
         );
-        let line = "smolvm.debug smolvm.rootfs=ext4 smolvm.root=/dev/vda smolvm.upper=tmpfs";
+        let line = "smolvm.debug smolvm.vsock=1024 smolvm.rootfs=ext4 smolvm.root=/dev/vda \
+                    smolvm.upper=tmpfs";
         let options = parse(line).expect("complete");
+        assert_eq!(options.vsock, Some(1024));
         assert_eq!(options.upper, Upper::Memory);
         assert!(options.debug);
     }
 
     #[test]
     fn what_is_missing_or_wrong_is_named() {
+        let line = "smolvm.root=/dev/vda smolvm.rootfs=erofs smolvm.upper=tmpfs smolvm.vsock=x";
+        assert_eq!(
+            parse(line).expect_err("no number").to_string(),
+            "the kernel command line has smolvm.vsock=x; a port number was expected"
+        );
         assert_eq!(
             parse("quiet").expect_err("empty").to_string(),
             "the kernel command line has no smolvm.root="

@@ -20,7 +20,7 @@ use rustix::process::{Resource, Rlimit};
 use crate::cgroup::Cgroups;
 use crate::cmdline::{self, BootOptions, Upper};
 use crate::devices;
-use crate::serve::{self, Agent};
+use crate::serve::{self, Agent, OnLoss};
 use crate::shutdown::Disks;
 use crate::{console, grow, network, sys};
 
@@ -113,10 +113,13 @@ pub(crate) fn boot() -> ExitCode {
         console::say("control groups are not there: a command is killed by its process group");
     }
     let disks = Disks { upper: boot.upper };
+    let agent = Arc::new(Agent::new(cgroups, Some(disks)));
+    if let Some(port) = boot.options.and_then(|options| options.vsock) {
+        serve_vsock(&agent, port, boot.deadline);
+    }
     let Some(port) = boot.port else {
         die("find the port: it was not looked for");
     };
-    let agent = Arc::new(Agent::new(cgroups, Some(disks)));
     match devices::open_port(&port) {
         Ok(fd) => serve_port(&agent, &Arc::new(fd)),
         Err(error) => die(&format!("open {}: {error}", port.display())),
@@ -129,7 +132,33 @@ fn serve_port(agent: &Arc<Agent>, port: &Arc<OwnedFd>) -> ! {
         if let Err(error) = devices::wait_for_host(port) {
             die(&format!("wait for the host on the port: {error}"));
         }
-        serve::until_closed(agent, port);
+        serve::until_closed(agent, port, OnLoss::EndCommands);
+    }
+}
+
+/// Serves the host that waits at its vsock port `port`, and whoever is there when that connection is
+/// lost: a snapshot of the machine ends it, here and in every copy (virtio 1.2, 5.10.6.7). Commands
+/// live on meanwhile.
+fn serve_vsock(agent: &Arc<Agent>, port: u32, deadline: Option<Instant>) -> ! {
+    let mut socket = match devices::wait_for(|| sys::connect_to_host(port).ok(), deadline) {
+        Ok(socket) => socket,
+        Err(error) => die(&format!("connect to port {port} of the host: {error}")),
+    };
+    loop {
+        serve::until_closed(agent, &Arc::new(socket), OnLoss::KeepCommands);
+        // Whether anybody is there the host's side says each time; there is nothing else to watch.
+        let lost = Instant::now();
+        socket = loop {
+            match sys::connect_to_host(port) {
+                Ok(socket) => break socket,
+                Err(error) if lost.elapsed() > DEVICES_WAIT => {
+                    die(&format!(
+                        "connect to port {port} of the host again: {error}"
+                    ));
+                }
+                Err(_) => {}
+            }
+        };
     }
 }
 
@@ -380,6 +409,9 @@ fn interfaces(_: &mut Boot) -> Result<(), BootError> {
 }
 
 fn find_port(boot: &mut Boot) -> Result<(), BootError> {
+    if boot.options()?.vsock.is_some() {
+        return Ok(());
+    }
     let path = devices::wait_for(|| devices::port_path(PORT_NAME), boot.deadline)
         .map_err(failed(format!("waiting for the virtio port {PORT_NAME:?}")))?;
     rustix::fs::chmodat(

@@ -98,7 +98,7 @@ fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     };
     let cgroups = cgroups.and_then(|directory| cgroup::Cgroups::new(Path::new(&directory)));
     let agent = Arc::new(serve::Agent::new(cgroups, None));
-    serve::until_closed(&agent, &socket);
+    serve::until_closed(&agent, &socket, serve::OnLoss::EndCommands);
     shutdown::kill_everyone(&agent.reaper);
     ExitCode::SUCCESS
 }

@@ -11,12 +11,14 @@
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use smolvm_proto::limits::HEADER_BYTES;
 use smolvm_proto::{Channel, Frame, Header, Kind};
+
+use crate::serve::OnLoss;
 
 /// Bytes of payload in one data frame. With its header it is 32 KiB, which is what virtio_console
 /// takes in one write, and little enough that another stream's frame does not wait long.
@@ -38,6 +40,9 @@ pub(crate) struct Port {
     /// Frames of [`Port::send_soon`] that were not written yet. Always written before others.
     late: Mutex<Vec<u8>>,
     closed: AtomicBool,
+    /// Whether the connection was given up, for those who wait for that.
+    over: (Mutex<bool>, Condvar),
+    on_loss: OnLoss,
 }
 
 /// What became of the late frames.
@@ -50,13 +55,32 @@ pub(crate) enum Late {
 }
 
 impl Port {
-    pub(crate) fn new(fd: Arc<OwnedFd>) -> Self {
+    pub(crate) fn new(fd: Arc<OwnedFd>, on_loss: OnLoss) -> Self {
         Self {
             fd,
             writing: Mutex::new(()),
             late: Mutex::new(Vec::new()),
             closed: AtomicBool::new(false),
+            over: (Mutex::new(false), Condvar::new()),
+            on_loss,
         }
+    }
+
+    /// The host cannot be written to. Where commands outlive that, the reader has to say so first: it
+    /// tells their sessions that nobody listens, and gives the connection up then.
+    fn lost(&self) -> Gone {
+        if self.on_loss == OnLoss::KeepCommands {
+            let over = self.over.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let waited = self.over.1.wait_while(over, |over| !*over);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+        }
+        Gone
+    }
+
+    fn give_up(&self) {
+        self.closed.store(true, Ordering::Release);
+        *self.over.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.over.1.notify_all();
     }
 
     fn late(&self) -> MutexGuard<'_, Vec<u8>> {
@@ -92,9 +116,29 @@ impl Port {
         self.send_parts(&header.to_bytes(), payload)
     }
 
-    fn send_parts(&self, mut first: &[u8], mut second: &[u8]) -> Result<(), Gone> {
+    /// Writes the first frame of a connection. For the reader, who is not told of a loss by anybody.
+    pub(crate) fn send_hello(&self, frame: &[u8]) -> Result<(), Gone> {
         let guard = self.writing();
-        self.flush_all(&guard)?;
+        self.write_parts(&guard, frame, &[])
+    }
+
+    fn send_parts(&self, first: &[u8], second: &[u8]) -> Result<(), Gone> {
+        let guard = self.writing();
+        let written = self.write_parts(&guard, first, second);
+        drop(guard);
+        written.map_err(|Gone| self.lost())?;
+        // The reader may have queued something while the port was ours, and relied on us.
+        let _ = self.flush_late();
+        Ok(())
+    }
+
+    fn write_parts(
+        &self,
+        guard: &MutexGuard<'_, ()>,
+        mut first: &[u8],
+        mut second: &[u8],
+    ) -> Result<(), Gone> {
+        self.flush_all(guard)?;
         while !first.is_empty() || !second.is_empty() {
             if self.closed.load(Ordering::Acquire) {
                 return Err(Gone);
@@ -111,9 +155,6 @@ impl Port {
                 Err(_) => return Err(Gone),
             }
         }
-        drop(guard);
-        // The reader may have queued something while the port was ours, and relied on us.
-        let _ = self.flush_late();
         Ok(())
     }
 
@@ -195,11 +236,11 @@ impl Port {
         let guard = self.writing();
         // Bytes of a frame that is half out must follow, or the host loses the frame boundaries.
         let _ = self.flush_all(&guard);
-        self.closed.store(true, Ordering::Release);
+        self.give_up();
     }
 
     /// Gives the connection up at once: the host is gone.
     pub(crate) fn abandon(&self) {
-        self.closed.store(true, Ordering::Release);
+        self.give_up();
     }
 }

@@ -70,6 +70,15 @@ impl Agent {
     }
 }
 
+/// What becomes of commands when the host is not there any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnLoss {
+    /// They end: nobody will ever hear of them.
+    EndCommands,
+    /// They live on, with nobody listening: the connection was lost, and the host was not.
+    KeepCommands,
+}
+
 /// Why a connection ended.
 #[derive(Debug)]
 enum Ended {
@@ -94,11 +103,11 @@ enum Ended {
 /// A host that joins a restored machine knows the answer to its own Hello by the nonce in it, and
 /// drops what arrives before ([`smolvm_proto::rejoin`]). It may let the commands of its predecessor
 /// live on: their sessions go on with nobody listening, see [`Stream::deliver_detach`].
-pub(crate) fn until_closed(agent: &Arc<Agent>, fd: &Arc<OwnedFd>) {
+pub(crate) fn until_closed(agent: &Arc<Agent>, fd: &Arc<OwnedFd>, on_loss: OnLoss) {
     let mut decoder = Decoder::new();
     let mut nonce = None;
     loop {
-        match connection(agent, fd, &mut decoder, nonce.take()) {
+        match connection(agent, fd, &mut decoder, nonce.take(), on_loss) {
             Ended::Closed => return,
             Ended::NewHost { nonce: theirs, .. } => nonce = theirs,
             Ended::Garbage(error) => {
@@ -119,24 +128,23 @@ fn connection(
     fd: &Arc<OwnedFd>,
     decoder: &mut Decoder,
     nonce: Option<Nonce>,
+    on_loss: OnLoss,
 ) -> Ended {
     let connection = Connection {
         agent: Arc::clone(agent),
-        port: Arc::new(Port::new(Arc::clone(fd))),
+        port: Arc::new(Port::new(Arc::clone(fd), on_loss)),
         streams: Arc::new(Streams::default()),
     };
     let hello = Frame::message(0, Kind::Hello, &hello(nonce));
-    let ended = match connection.port.send(&hello.to_bytes()) {
+    let ended = match connection.port.send_hello(&hello.to_bytes()) {
         Ok(()) => connection.serve(fd, decoder),
         Err(_) => Ended::Closed,
     };
-    let keep_commands = matches!(
-        ended,
-        Ended::NewHost {
-            keep_commands: true,
-            ..
-        }
-    );
+    let keep_commands = match ended {
+        Ended::NewHost { keep_commands, .. } => keep_commands,
+        Ended::Closed => on_loss == OnLoss::KeepCommands,
+        Ended::Garbage(_) => false,
+    };
     if keep_commands {
         // Before the port is given up, so that no session finds it gone without knowing why.
         let mut streams = connection.streams.lock();

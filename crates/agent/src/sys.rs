@@ -360,6 +360,45 @@ pub(crate) fn look_up_hosts_by_ourselves() {
     unsafe { __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr()) };
 }
 
+// ---- the host, vsock(7) ----
+
+/// Connects to a port of the host, in blocking mode as far as that goes, and returns the connection in
+/// non-blocking mode. Takes 2 s at most, the kernel's own limit.
+pub(crate) fn connect_to_host(port: u32) -> rustix::io::Result<OwnedFd> {
+    /// `AF_VSOCK`, and the length of its addresses, as an address has them (linux/vm_sockets.h).
+    const FAMILY: libc::sa_family_t = 40;
+    const LENGTH: libc::socklen_t = 16;
+    const {
+        assert!(FAMILY as c_int == libc::AF_VSOCK);
+        assert!(LENGTH as usize == size_of::<libc::sockaddr_vm>());
+    }
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::VSOCK,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: sockaddr_vm is plain integers, for which zero is a valid value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = FAMILY;
+    address.svm_cid = libc::VMADDR_CID_HOST;
+    address.svm_port = port;
+    // SAFETY: the descriptor is a socket, and the address a whole one of its family, which the kernel
+    // reads during the call.
+    let result = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast::<libc::sockaddr>(),
+            LENGTH,
+        )
+    };
+    if result != 0 {
+        return Err(last_errno());
+    }
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(socket)
+}
+
 // ---- network interfaces, netdevice(7) ----
 
 /// A socket to configure interfaces with.

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use smolvm_engine::AccelChoice;
+use smolvm_engine::{AccelChoice, EngineChoice};
 
 use crate::commands::{
     bench, build, commit, completion, cp, create, delete, doctor, exec, file, fork, image, info,
@@ -44,6 +44,9 @@ pub(crate) struct Globals {
     /// How guest instructions run; auto is kvm where a probe shows that it works
     #[arg(long, global = true, value_name = "HOW", value_enum, default_value_t = Accel::Auto)]
     pub(crate) accel: Accel,
+    /// What runs machines; auto is firecracker where kvm works and it is there, else qemu
+    #[arg(long, global = true, value_name = "ENGINE", value_enum, default_value_t = EngineArg::Auto)]
+    pub(crate) engine: EngineArg,
     /// Say nothing on standard error but failures
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
@@ -59,6 +62,24 @@ pub(crate) enum Accel {
     Auto,
     Kvm,
     Emulation,
+}
+
+/// What runs machines. As with [`Accel`], no variant has documentation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineArg {
+    Auto,
+    Qemu,
+    Firecracker,
+}
+
+impl From<EngineArg> for EngineChoice {
+    fn from(engine: EngineArg) -> Self {
+        match engine {
+            EngineArg::Auto => Self::Auto,
+            EngineArg::Qemu => Self::Qemu,
+            EngineArg::Firecracker => Self::Firecracker,
+        }
+    }
 }
 
 impl From<Accel> for AccelChoice {

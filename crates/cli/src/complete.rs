@@ -5,7 +5,7 @@ use clap_complete::CompleteEnv;
 use clap_complete::engine::CompletionCandidate;
 use smolvm_engine::Engine;
 
-use crate::args::{Accel, Cli, Globals};
+use crate::args::{Accel, Cli, EngineArg, Globals};
 use crate::world::{COMPLETE_VARIABLE, World};
 
 /// Answers the shell; false if it did not ask after all.
@@ -102,6 +102,7 @@ fn engine() -> Option<Engine> {
         json: false,
         data_dir: None,
         accel: Accel::Auto,
+        engine: EngineArg::Auto,
         quiet: true,
         verbose: 0,
     };

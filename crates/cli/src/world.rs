@@ -98,6 +98,7 @@ impl World {
             agent: program("SMOLVM_AGENT", "smolvm-agent"),
             program_dirs: program_dirs(),
             accel: globals.accel.into(),
+            engine: globals.engine.into(),
             templates: set("SMOLVM_NO_TEMPLATES").is_none(),
             network: NetworkConfig {
                 prefix: settings.network.prefix.net(),

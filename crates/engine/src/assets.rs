@@ -15,6 +15,7 @@ use smolvm_host::os::Os;
 use smolvm_host::packages::Programs;
 use smolvm_host::progress::Phase;
 
+use crate::engines::EngineName;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::Layout;
 use crate::spec::DEFAULT_IMAGE;
@@ -32,10 +33,56 @@ const MODULES: &[&str] = &[
     "overlay",
     "ext4",
     NIC_DRIVER,
+    VSOCK_DRIVER,
 ];
 
 /// The driver of the network device.
 const NIC_DRIVER: &str = "virtio_net";
+
+/// The driver of the channel to the agent that Firecracker has.
+const VSOCK_DRIVER: &str = "vmw_vsock_virtio_transport";
+
+/// What is loaded only into Firecracker's machines: that driver and what it needs.
+const VSOCK_MODULES: &[&str] = &[
+    "vsock.ko",
+    "vmw_vsock_virtio_transport_common.ko",
+    "vmw_vsock_virtio_transport.ko",
+];
+
+/// What is loaded only into QEMU's machines: the driver of the channel that these have.
+const PORT_MODULES: &[&str] = &["virtio_console.ko"];
+
+/// What an initial RAM file system is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hardware {
+    /// Whether there is a network device.
+    pub(crate) nic: bool,
+    /// Whose machine it is.
+    pub(crate) engine: EngineName,
+}
+
+impl Hardware {
+    /// Whether a module belongs into such a machine.
+    fn loads(self, module: &str) -> bool {
+        let of = |list: &[&str]| list.contains(&module);
+        match self.engine {
+            EngineName::Qemu if of(VSOCK_MODULES) => false,
+            EngineName::Firecracker if of(PORT_MODULES) => false,
+            _ => self.nic || !of(NIC_MODULES),
+        }
+    }
+
+    /// Refuses a kernel that lacks a driver for it.
+    pub(crate) fn refuse_without_drivers(self, kernel: &Kernel) -> Result<()> {
+        if self.nic {
+            refuse_without(kernel, NIC_DRIVER, "network devices")?;
+        }
+        if self.engine == EngineName::Firecracker {
+            refuse_without(kernel, VSOCK_DRIVER, "the channel that Firecracker has")?;
+        }
+        Ok(())
+    }
+}
 
 /// What is loaded only into machines that have a network device: its driver and what that needs.
 const NIC_MODULES: &[&str] = &["failover.ko", "net_failover.ko", "virtio_net.ko"];
@@ -91,7 +138,7 @@ impl Assets<'_> {
         let _turn = self.turn("kernel", watcher)?;
         let place = self.layout.kernels().join(STOCK_KERNEL);
         let old = self.kernel(STOCK_KERNEL)?;
-        if old.as_ref().is_some_and(has_driver) {
+        if old.as_ref().is_some_and(has_drivers) {
             return Ok(());
         }
         let making = match old {
@@ -131,19 +178,19 @@ impl Assets<'_> {
 
     /// The initial RAM file system for a kernel, an agent, and a machine with a network device or
     /// without; written if it is new.
-    pub(crate) fn initramfs(&self, kernel: &Kernel, agent: &Path, nic: bool) -> Result<PathBuf> {
-        if nic {
-            refuse_without_driver(kernel)?;
-        }
-        let path = Self::initramfs_path(kernel, agent, nic)?;
+    pub(crate) fn initramfs(
+        &self,
+        kernel: &Kernel,
+        agent: &Path,
+        hardware: Hardware,
+    ) -> Result<PathBuf> {
+        hardware.refuse_without_drivers(kernel)?;
+        let path = Self::initramfs_path(kernel, agent, hardware)?;
         if !path.exists() {
             let mut modules = kernel.modules();
             modules.retain(|path| {
-                let only_nic = path
-                    .file_name()
-                    .and_then(|name| name.to_str())
-                    .is_some_and(|name| NIC_MODULES.contains(&name));
-                nic || !only_nic
+                let name = path.file_name().and_then(|name| name.to_str());
+                name.is_none_or(|name| hardware.loads(name))
             });
             write_initramfs(
                 self.os,
@@ -157,11 +204,19 @@ impl Assets<'_> {
         Ok(path)
     }
 
-    /// Where the initial RAM file system for a kernel, an agent, and a machine with a network device or
-    /// without is, or will be.
-    pub(crate) fn initramfs_path(kernel: &Kernel, agent: &Path, nic: bool) -> Result<PathBuf> {
+    /// Where the initial RAM file system for a kernel, an agent and a kind of machine is, or will be.
+    pub(crate) fn initramfs_path(
+        kernel: &Kernel,
+        agent: &Path,
+        hardware: Hardware,
+    ) -> Result<PathBuf> {
         let agent = stamp("agent", agent)?;
-        let kind = if nic { "-net" } else { "" };
+        let kind = match (hardware.engine, hardware.nic) {
+            (EngineName::Qemu, false) => "",
+            (EngineName::Qemu, true) => "-net",
+            (EngineName::Firecracker, false) => "-firecracker",
+            (EngineName::Firecracker, true) => "-firecracker-net",
+        };
         Ok(kernel
             .dir
             .join(format!("initramfs-{agent:016x}{kind}.cpio")))
@@ -277,23 +332,27 @@ impl Assets<'_> {
     }
 }
 
-/// Refuses a kernel of a distribution that was unpacked when sandboxes had no network. Others have
+/// Refuses a kernel of a distribution that was unpacked when a driver was not needed yet. Others have
 /// everything built in, or it is their maker's business.
-fn refuse_without_driver(kernel: &Kernel) -> Result<()> {
-    if kernel.manifest.modules.is_empty() || has_driver(kernel) {
+fn refuse_without(kernel: &Kernel, driver: &str, what: &str) -> Result<()> {
+    if kernel.manifest.modules.is_empty() || has(kernel, driver) {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::MissingDependency,
-        "the guest kernel that was unpacked here has no driver for network devices",
+        format!("the guest kernel that was unpacked here has no driver for {what}"),
     )
     .hint("get it with `smolvm setup`"))
 }
 
-/// Whether machines with this kernel of a distribution can have a network device.
-pub(crate) fn has_driver(kernel: &Kernel) -> bool {
-    let driver = format!("{NIC_DRIVER}.ko");
-    kernel.manifest.modules.contains(&driver)
+/// Whether a kernel of a distribution has every driver that a machine may need.
+pub(crate) fn has_drivers(kernel: &Kernel) -> bool {
+    has(kernel, NIC_DRIVER) && has(kernel, VSOCK_DRIVER)
+}
+
+fn has(kernel: &Kernel, driver: &str) -> bool {
+    let file = format!("{driver}.ko");
+    kernel.manifest.modules.contains(&file)
 }
 
 /// An image nobody knows.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use smolvm_host::oci::RegistrySettings;
 
+use crate::engines::EngineChoice;
 use crate::network::NetworkConfig;
 use crate::settings::Settings;
 
@@ -22,6 +23,8 @@ pub struct Config {
     pub program_dirs: Vec<PathBuf>,
     /// How guest instructions are to run.
     pub accel: AccelChoice,
+    /// Which engine is to run machines. Overrules the settings, unless it is the default.
+    pub engine: EngineChoice,
     /// Whether a first start restores a machine that was booted ahead of it.
     pub templates: bool,
     /// How the networks of sandboxes are made.

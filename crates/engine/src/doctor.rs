@@ -1,6 +1,7 @@
 //! What `doctor` checks: each with what was found, and how to mend it.
 
 use crate::engine::Engine;
+use crate::engines::EngineChoice;
 use crate::facts;
 use crate::spec::{DEFAULT_IMAGE, KernelChoice};
 use crate::store::{NetworkMode, OTHER_DIRECTORY, Store};
@@ -103,9 +104,43 @@ impl Engine {
                 error.hint_text().map(str::to_owned),
             ),
         }
+        self.check_firecracker(&mut report);
         self.check_network(&mut report);
         self.check_data(&mut report);
         report.checks
+    }
+
+    /// Whether Firecracker could run machines here. That it is not there is no fault.
+    fn check_firecracker(&self, report: &mut Report) {
+        const NAME: &str = "firecracker";
+        let kvm = facts::look(self.config().accel).is_ok_and(|found| found.kvm);
+        let (status, detail, fix) = match self.firecracker(None) {
+            Ok((program, version)) if kvm => (
+                CheckStatus::Pass,
+                format!("{}, version {version}", program.display()),
+                None,
+            ),
+            Ok((program, version)) => (
+                CheckStatus::Pass,
+                format!(
+                    "{}, version {version}; not used, because it needs KVM",
+                    program.display()
+                ),
+                None,
+            ),
+            Err(why) if self.config().engine == EngineChoice::Firecracker => (
+                CheckStatus::Fail,
+                why,
+                Some("smolvm setup --firecracker".to_owned()),
+            ),
+            Err(why) if kvm => (
+                CheckStatus::Warn,
+                format!("{why}; QEMU is used"),
+                Some("smolvm setup --firecracker".to_owned()),
+            ),
+            Err(_) => return,
+        };
+        report.add(NAME, status, detail, fix);
     }
 
     fn check_network(&self, report: &mut Report) {

@@ -19,8 +19,9 @@ use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
 
-use crate::assets::{Assets, STOCK_KERNEL, Watcher, has_driver, unknown_image};
+use crate::assets::{Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, unknown_image};
 use crate::config::Config;
+use crate::engines::{self, EngineChoice, EngineName};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
 use crate::kernels;
@@ -406,7 +407,16 @@ impl Engine {
         let chosen = self.assets().choose_kernel(kernel)?;
         if chosen.as_deref() == Some(STOCK_KERNEL) {
             let there = self.assets().kernel(STOCK_KERNEL)?;
-            if there.is_none_or(|there| network && !has_driver(&there)) {
+            let hardware = Hardware {
+                nic: network,
+                engine: self.engine_if_known()?,
+            };
+            // Who prepares the host wants it for everything.
+            let all = network && *kernel == KernelChoice::Stock;
+            let suits = |there: &Kernel| {
+                hardware.refuse_without_drivers(there).is_ok() && (!all || has_drivers(there))
+            };
+            if there.is_none_or(|there| !suits(&there)) {
                 missing.push("kernel".to_owned());
             }
         }
@@ -804,7 +814,12 @@ impl Engine {
             &row.spec.ports,
         )?);
         let nic = row.spec.network.needs_device() || beginning.nic;
-        let facts = self.host_facts(store, row, nic)?;
+        // Who asks for no engine gets the one that the snapshot needs.
+        let of_snapshot = match (&beginning.snapshot, self.config().engine) {
+            (Some(snapshot), EngineChoice::Auto) => snapshot.engine(),
+            _ => None,
+        };
+        let facts = self.host_facts(store, row, nic, of_snapshot)?;
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
         let volumes = self.volume_launches(store, row)?;
         let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
@@ -927,17 +942,23 @@ impl Engine {
         })
     }
 
-    /// The facts for a machine, with a network device or without.
+    /// The facts for a machine, with a network device or without, and with the engine that is chosen, or
+    /// the given one.
     pub(crate) fn host_facts(
         &self,
         store: &mut Store,
         row: &SandboxRow,
         nic: bool,
+        engine: Option<EngineName>,
     ) -> Result<HostFacts> {
         let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
-        let facts = self.facts_with(store, &kernel, nic)?;
+        let facts = self.facts_with(store, &kernel, nic, engine)?;
+        let hardware = Hardware {
+            nic,
+            engine: facts.engine,
+        };
         self.assets()
-            .initramfs(&kernel, &self.config().agent, nic)?;
+            .initramfs(&kernel, &self.config().agent, hardware)?;
         Ok(facts)
     }
 
@@ -947,16 +968,24 @@ impl Engine {
         store: &mut Store,
         kernel: &Kernel,
         nic: bool,
+        engine: Option<EngineName>,
     ) -> Result<HostFacts> {
-        let qemu = self.programs().find("qemu-system-x86_64")?;
         let acceleration = facts::acceleration(store, self.config().accel)?;
+        let choice = engine.map_or(self.config().engine, EngineName::choice);
+        let choice = engines::that_can(choice, nic)?;
+        let engine = self.choose(store, choice, &acceleration)?;
         let accel = if acceleration.kvm {
             Accel::Kvm
         } else {
             Accel::Emulation
         };
+        let hardware = Hardware {
+            nic,
+            engine: engine.name,
+        };
         Ok(HostFacts {
-            qemu,
+            engine: engine.name,
+            program: engine.program,
             accel,
             tsc_khz: match accel {
                 Accel::Kvm => None,
@@ -964,7 +993,7 @@ impl Engine {
             },
             vmlinux: kernel.vmlinux(),
             devices: kernels::devices(kernel),
-            initramfs: Assets::initramfs_path(kernel, &self.config().agent, nic)?,
+            initramfs: Assets::initramfs_path(kernel, &self.config().agent, hardware)?,
             boot_timeout: self.config().boot_timeout,
         })
     }

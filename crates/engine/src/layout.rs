@@ -189,6 +189,12 @@ impl SandboxDir {
         self.path.join("disk.ext4")
     }
 
+    /// The engine's own directory, which is there while the machine runs.
+    #[must_use]
+    pub fn vmm(&self) -> PathBuf {
+        self.path.join("vmm")
+    }
+
     /// What the guest wrote to its console.
     #[must_use]
     pub fn console(&self) -> PathBuf {

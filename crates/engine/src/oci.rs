@@ -922,6 +922,7 @@ mod tests {
                     agent: PathBuf::new(),
                     program_dirs: vec!["/usr/bin".into()],
                     accel: AccelChoice::Emulation,
+                    engine: crate::EngineChoice::Auto,
                     templates: false,
                     registries: RegistrySettings::default(),
                     network: crate::network::NetworkConfig::default(),

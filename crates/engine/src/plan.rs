@@ -8,6 +8,7 @@ use smolvm_host::ProcessIdentity;
 use smolvm_host::net::alloc::PortRange;
 use smolvm_vmm::{Accel, Devices, DiskPlan, Memory, NicPlan, VmPlan};
 
+use crate::engines::EngineName;
 use crate::launch::Launch;
 use crate::layout::Layout;
 use crate::network::NetworkLaunch;
@@ -18,8 +19,10 @@ use crate::volumes::VolumeLaunch;
 /// What planning has to know about the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HostFacts {
+    /// The engine.
+    pub(crate) engine: EngineName,
     /// The engine's program.
-    pub(crate) qemu: PathBuf,
+    pub(crate) program: PathBuf,
     /// How guest instructions run.
     pub(crate) accel: Accel,
     /// Frequency of the time-stamp counter in kHz, measured where the machine needs it.
@@ -94,10 +97,11 @@ pub(crate) fn plan(
         id: row.id.clone(),
         name: name.clone(),
         data_dir: layout.root().to_owned(),
-        engine: "qemu".to_owned(),
+        engine: facts.engine.to_string(),
         vm: VmPlan {
             name: format!("smolvm-{name}"),
-            program: facts.qemu.clone(),
+            program: facts.program.clone(),
+            directory: layout.sandbox(&row.id).vmm(),
             accel: facts.accel,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,
@@ -144,7 +148,8 @@ mod tests {
 
     fn facts() -> HostFacts {
         HostFacts {
-            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            engine: EngineName::Qemu,
+            program: "/usr/bin/qemu-system-x86_64".into(),
             accel: Accel::Emulation,
             tsc_khz: Some(2_445_425),
             vmlinux: "/d/kernels/stock/vmlinux".into(),

@@ -23,6 +23,7 @@ use crate::engine::{
     Beginning, Engine, KEEPER_PATIENCE, StartTimes, blocking, entries, myself, random_u64,
     unknown_sandbox, used_below,
 };
+use crate::engines::EngineName;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::SavedMachine;
 use crate::plan::HostFacts;
@@ -52,6 +53,8 @@ pub struct SnapshotInfo {
     pub name: String,
     /// Name of the sandbox it was taken of.
     pub sandbox: String,
+    /// The engine that it was taken with, and that it needs; absent if its description is damaged.
+    pub engine: Option<String>,
     /// Image of its root file system.
     pub image: String,
     /// Virtual CPUs.
@@ -142,6 +145,9 @@ fn files_of(saved: &SavedMachine) -> Result<BTreeMap<String, SavedFile>> {
 /// What a host has to have in common with the one a machine was saved on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Needs {
+    /// The engine. Absent in what was written when there was one.
+    #[serde(default = "first_engine")]
+    engine: String,
     /// Identity of the VMM's program: it wrote the state, and only it is sure to read it.
     vmm: u64,
     /// The program, for people.
@@ -150,11 +156,16 @@ struct Needs {
     tsc_khz: Option<u64>,
 }
 
+fn first_engine() -> String {
+    EngineName::Qemu.to_string()
+}
+
 impl Saved {
     fn needs_of(facts: &HostFacts) -> Result<Needs> {
         Ok(Needs {
-            vmm: stamp("engine", &facts.qemu)?,
-            program: facts.qemu.clone(),
+            vmm: stamp("engine", &facts.program)?,
+            engine: facts.engine.to_string(),
+            program: facts.program.clone(),
             tsc_khz: facts.tsc_khz,
         })
     }
@@ -213,6 +224,11 @@ impl Saved {
         }
     }
 
+    /// The engine that it needs.
+    pub(crate) fn engine(&self) -> Option<EngineName> {
+        EngineName::parse(&self.description.needs.engine)
+    }
+
     /// Refuses a host on which the machine could not go on.
     pub(crate) fn check(&self, facts: &HostFacts) -> Result<()> {
         let here = Self::needs_of(facts)?;
@@ -222,9 +238,19 @@ impl Saved {
                 "the snapshot cannot be restored on this host as it is now",
             )
             .because(why)
-            .hint("take a new snapshot; one lasts for as long as the host's QEMU does"))
+            .hint("take a new snapshot; one lasts for as long as the engine that took it"))
         };
         let needs = &self.description.needs;
+        if here.engine != needs.engine {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "the snapshot was taken with the engine {}, and this start is to use {}",
+                    needs.engine, here.engine
+                ),
+            )
+            .hint(format!("give --engine {}", needs.engine)));
+        }
         if here.vmm != needs.vmm {
             return refuse(format!(
                 "it was taken with another {} than is there now",
@@ -562,7 +588,9 @@ impl Engine {
         refuse_uncopyable(&sandbox)?;
         let mut store = self.store()?;
         self.reconcile_snapshots(&mut store)?;
-        let facts = self.host_facts(&mut store, &sandbox, false)?;
+        // Those of the engine that runs it, whichever a start would use now.
+        let engine = sandbox.engine.as_deref().and_then(EngineName::parse);
+        let facts = self.host_facts(&mut store, &sandbox, false, engine)?;
         let row = SnapshotRow {
             id: format!("{:016x}", random_u64()?),
             name: snapshot.to_owned(),
@@ -805,6 +833,9 @@ fn describe(row: SnapshotRow, dir: &Path) -> SnapshotInfo {
         id: row.id,
         name: row.name,
         sandbox: row.sandbox,
+        engine: Saved::open(dir.to_owned())
+            .ok()
+            .map(|saved| saved.description.needs.engine),
         image: row.image,
         cpus: row.cpus,
         memory_mib: row.memory_mib,

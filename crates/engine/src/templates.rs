@@ -25,6 +25,7 @@ use smolvm_vmm::{Accel, Devices, Memory, NicPlan, VmPlan};
 
 use crate::assets::{Assets, Progress, Watcher, stamp};
 use crate::engine::{Engine, entries, myself, random_u64, used_below, wait_for_any};
+use crate::engines::EngineName;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts;
 use crate::launch::Launch;
@@ -436,6 +437,7 @@ fn template_plan(launch: &Launch, making: &SavedMachine) -> VmPlan {
     let mut vm = VmPlan {
         name: "smolvm-template".to_owned(),
         memory: Memory::File(making.memory()),
+        directory: making.path().join("vmm"),
         ..vm.clone()
     };
     // Each copy gets a MAC address of its own at its birth.
@@ -546,7 +548,7 @@ impl Engine {
         }
         let mut store = self.store()?;
         let row = self.unmade_row(&store, spec)?;
-        let facts = self.host_facts(&mut store, &row, nic)?;
+        let facts = self.host_facts(&mut store, &row, nic, None)?;
         if let Some(reason) = self.why_no_template(&row) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -728,7 +730,12 @@ impl Engine {
             None => spec.disk_mode = DiskMode::Memory,
         }
         let row = row_of(&spec, purpose.image.clone(), purpose.kernel.clone());
-        let facts = match self.facts_with(store, &kernel, purpose.nic) {
+        let facts = match self.facts_with(
+            store,
+            &kernel,
+            purpose.nic,
+            EngineName::parse(&purpose.engine),
+        ) {
             Ok(facts) => facts,
             Err(error) => return stale(&error.in_one_line()),
         };

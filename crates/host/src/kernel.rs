@@ -32,6 +32,7 @@ pub const MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_console",
     "virtio_rng",
+    "vmw_vsock_virtio_transport",
     "erofs",
     "overlay",
     "ext4",

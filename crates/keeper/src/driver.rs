@@ -82,6 +82,8 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) enum Input {
     Guest(Option<Frame>),
+    /// The guest has come again; what it had before is over.
+    GuestBack,
     Client(ClientId, Option<Frame>),
     /// The process that started an ephemeral sandbox has ended.
     StarterGone,
@@ -120,6 +122,12 @@ pub(crate) enum Motion {
         held: Vec<Frame>,
     },
     Still {
+        held: Vec<Frame>,
+        /// Whether it will be cut off from its streams when it goes on.
+        cut_off: bool,
+    },
+    /// It goes on, and has not come again since its streams were cut off.
+    CutOff {
         held: Vec<Frame>,
     },
 }
@@ -181,6 +189,8 @@ pub(crate) struct Driver {
     pub(crate) network: Option<Network>,
     pub(crate) guest: Outgoing,
     guest_writing: JoinHandle<()>,
+    /// Whether a snapshot cuts the guest off from its streams for a moment.
+    pub(crate) comes_again: bool,
     tail: Tail,
     pub(crate) phase: Phase,
     pub(crate) motion: Motion,
@@ -190,7 +200,7 @@ pub(crate) struct Driver {
     booted_because: Option<String>,
     clients: HashMap<ClientId, Client>,
     next_client: ClientId,
-    routes: Routes,
+    pub(crate) routes: Routes,
     early: Vec<(ClientId, Frame)>,
     /// Where SSH clients come in, once the guest serves.
     ssh: Option<ssh::Listener>,
@@ -230,6 +240,7 @@ pub(crate) async fn run(
     let Started {
         mut vm,
         channel,
+        stream,
         console,
         greeting,
         booted_because,
@@ -240,8 +251,11 @@ pub(crate) async fn run(
     let tail = Tail::default();
     let (inbox, mut inputs) = mpsc::channel(INBOX_FRAMES);
 
-    let (guest, guest_writing) = link::open(channel, inbox.clone(), Input::Guest)
-        .map_err(|error| KeeperError::io("listen to the guest", error))?;
+    let comes_again = channel.is_door();
+    let (guest, guest_writing) =
+        link::open_guest(channel, stream, inbox.clone(), Input::Guest, || {
+            Input::GuestBack
+        });
     let console_task = tokio::spawn(console::record(console, dir.console(), tail.clone()));
     listener
         .set_nonblocking(true)
@@ -292,6 +306,7 @@ pub(crate) async fn run(
         network,
         guest,
         guest_writing,
+        comes_again,
         tail,
         phase: Phase::Booting {
             deadline: begun + boot,
@@ -350,7 +365,7 @@ impl Driver {
             };
             let answer_due = match self.motion {
                 Motion::Asked { deadline, .. } => deadline,
-                Motion::Moving | Motion::Still { .. } => far,
+                Motion::Moving | Motion::Still { .. } | Motion::CutOff { .. } => far,
             };
             let end = tokio::select! {
                 Some(input) = inputs.recv() => self.hear(input).await,
@@ -456,6 +471,13 @@ impl Driver {
         match input {
             Input::Guest(Some(frame)) => self.hear_guest(frame).await,
             Input::Guest(None) => Some(End::Lost),
+            Input::GuestBack => {
+                // Where it was cut off no stream was open, and what came since is held back.
+                if !matches!(self.motion, Motion::CutOff { .. }) {
+                    self.drop_streams();
+                }
+                None
+            }
             Input::StarterGone => Some(End::Destroy {
                 why: "the process that started it is gone",
             }),
@@ -502,13 +524,21 @@ impl Driver {
         }
     }
 
+    /// The guest knows no stream any more.
+    fn drop_streams(&mut self) {
+        for (client, frame) in self.routes.drop_all() {
+            self.tell(client, frame);
+        }
+    }
+
     fn hear_hello(&mut self, frame: &Frame) -> Option<End> {
         let Phase::Booting { hello, .. } = &mut self.phase else {
             // The agent lost its place in the stream and began anew: it knows no stream any more.
-            tracing::warn!("the guest's agent began anew");
-            for (client, frame) in self.routes.drop_all() {
-                self.tell(client, frame);
+            if matches!(self.motion, Motion::CutOff { .. }) {
+                return self.reunite();
             }
+            self.drop_streams();
+            tracing::warn!("the guest's agent began anew");
             return None;
         };
         if std::mem::replace(hello, true) {
@@ -671,7 +701,9 @@ impl Driver {
     pub(crate) fn pass_to_guest(&mut self, frame: Frame) {
         match &mut self.motion {
             Motion::Moving => self.guest.send(frame),
-            Motion::Asked { held, .. } | Motion::Still { held } => held.push(frame),
+            Motion::Asked { held, .. } | Motion::Still { held, .. } | Motion::CutOff { held } => {
+                held.push(frame);
+            }
         }
     }
 

@@ -169,6 +169,11 @@ impl Routes {
             .collect()
     }
 
+    /// Whether a stream is open.
+    pub(crate) fn any(&self) -> bool {
+        !self.by_guest.is_empty()
+    }
+
     fn close(&mut self, number: u32) {
         if let Some(route) = self.by_guest.remove(&number) {
             self.by_client.remove(&(route.client, route.stream));

@@ -27,7 +27,12 @@ impl Driver {
         let name = &self.launch.name;
         let refusal = match (&self.motion, &wish) {
             _ if !serving => not_serving(name),
-            (Motion::Asked { .. }, _) => Error::new(
+            (Motion::Moving | Motion::Still { .. }, Wish::Capture(..))
+                if self.comes_again && self.routes.any() =>
+            {
+                in_use(name)
+            }
+            (Motion::Asked { .. } | Motion::CutOff { .. }, _) => Error::new(
                 ErrorKind::Busy,
                 format!("sandbox `{name}` is being paused or copied by another command"),
             )
@@ -48,7 +53,11 @@ impl Driver {
                 return;
             }
             (Motion::Still { .. }, Wish::Capture(waiter, directory)) => {
-                let answer = match self.capture(directory).await {
+                let captured = self.capture(directory).await;
+                if let Motion::Still { cut_off, .. } = &mut self.motion {
+                    *cut_off |= self.comes_again;
+                }
+                let answer = match captured {
                     Ok(_) => KeeperEvent::Captured(Captured { paused_us: 0 }),
                     Err(error) => failure(error.chain(), Vec::new()),
                 };
@@ -77,7 +86,10 @@ impl Driver {
                 };
                 match recorded {
                     Ok(_) => {
-                        self.motion = Motion::Still { held };
+                        self.motion = Motion::Still {
+                            held,
+                            cut_off: false,
+                        };
                         self.answer(waiter, &KeeperEvent::Done(Done::default()));
                     }
                     Err(error) => {
@@ -97,9 +109,13 @@ impl Driver {
                     }),
                     Err(error) => failure(error.chain(), Vec::new()),
                 };
-                // Its clock stood still as well.
-                let _ = self.send_birth(true);
-                self.release(held);
+                if self.comes_again {
+                    self.motion = Motion::CutOff { held };
+                } else {
+                    // Its clock stood still as well.
+                    let _ = self.send_birth(true);
+                    self.release(held);
+                }
                 self.answer(waiter, &answer);
             }
         }
@@ -126,7 +142,7 @@ impl Driver {
             self.answer(waiter, &driver::refusal(&not_serving(&self.launch.name)));
             return None;
         }
-        if matches!(self.motion, Motion::Moving | Motion::Asked { .. }) {
+        if !matches!(self.motion, Motion::Still { .. }) {
             self.answer(waiter, &KeeperEvent::Done(Done::default()));
             return None;
         }
@@ -139,8 +155,12 @@ impl Driver {
 
     /// Lets the guest go on if it stands still.
     pub(crate) async fn move_on(&mut self) -> Result<(), String> {
-        let Motion::Still { held } = std::mem::replace(&mut self.motion, Motion::Moving) else {
-            return Ok(());
+        let (held, cut_off) = match std::mem::replace(&mut self.motion, Motion::Moving) {
+            Motion::Still { held, cut_off } => (held, cut_off),
+            other => {
+                self.motion = other;
+                return Ok(());
+            }
         };
         self.vm
             .resume()
@@ -149,12 +169,27 @@ impl Driver {
         if let Err(error) = self.store.set_paused(&self.launch.id, None) {
             tracing::warn!(%error, "could not record that the sandbox goes on");
         }
+        if cut_off {
+            self.motion = Motion::CutOff { held };
+            return Ok(());
+        }
         // Before anything that was held back: whoever sent that may ask for the time.
         if let Some(End::Broken { reason, .. }) = self.send_birth(true) {
             return Err(reason);
         }
         self.release(held);
         Ok(())
+    }
+
+    /// The guest that was cut off has come again: it goes on as one that was resumed.
+    pub(crate) fn reunite(&mut self) -> Option<End> {
+        if let Motion::CutOff { held } = std::mem::replace(&mut self.motion, Motion::Moving) {
+            if let Some(end) = self.send_birth(true) {
+                return Some(end);
+            }
+            self.release(held);
+        }
+        None
     }
 
     fn release(&mut self, held: Vec<Frame>) {
@@ -183,6 +218,16 @@ impl Driver {
         }
         Ok(still)
     }
+}
+
+fn in_use(name: &str) -> Error {
+    Error::new(
+        ErrorKind::Busy,
+        format!(
+            "commands or connections of sandbox `{name}` are open, and Firecracker would cut them off"
+        ),
+    )
+    .hint("copy it when they have ended")
 }
 
 fn not_serving(name: &str) -> Error {

@@ -17,7 +17,7 @@ use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::version::{Hello, Nonce};
 use smolvm_proto::{Decoder, Frame, Kind, Rejoin};
-use smolvm_vmm::{Backend, Vm};
+use smolvm_vmm::{Backend, Channel, Vm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -40,7 +40,10 @@ const WAKE_STEP: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) vm: Box<dyn Vm>,
-    pub(crate) channel: StdUnixStream,
+    /// The way to its guest.
+    pub(crate) channel: Channel,
+    /// The stream to its guest, if it is there already.
+    pub(crate) stream: Option<StdUnixStream>,
     pub(crate) console: StdUnixStream,
     pub(crate) greeting: Option<Frame>,
     /// Why it booted though it was to be restored.
@@ -56,6 +59,7 @@ impl Started {
         Self {
             vm,
             channel,
+            stream: None,
             console,
             greeting: None,
             booted_because: None,
@@ -72,9 +76,10 @@ pub(crate) async fn wake(
     cable: Option<OwnedFd>,
 ) -> Result<Started, KeeperError> {
     let or_boot = *or_boot;
-    let started = Started::new(backend.restore(&launch.vm, state, cable).await?);
+    let mut started = Started::new(backend.restore(&launch.vm, state, cable).await?);
+    let channel = &mut started.channel;
     let talk = async {
-        let mut link = Link::new(started.channel)?;
+        let mut link = Link::new(channel.open().await?)?;
         let greeting = link.rejoin().await?;
         Ok::<_, std::io::Error>((link.into_std()?, greeting))
     };
@@ -82,11 +87,11 @@ pub(crate) async fn wake(
     let most = Duration::from_millis(launch.boot_timeout_ms);
     let own = if or_boot { WAKE_TIME } else { most };
     let pid = started.vm.pid();
-    let (channel, greeting) = unless_stuck(pid, own, most, talk)
+    let (stream, greeting) = unless_stuck(pid, own, most, talk)
         .await
         .map_err(|error| KeeperError::io("wake a copy of the template", error))?;
     Ok(Started {
-        channel,
+        stream: Some(stream),
         greeting: Some(greeting),
         ..started
     })
@@ -153,15 +158,15 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
     };
     let Started {
         mut vm,
-        channel,
+        mut channel,
         console,
         ..
     } = Started::new(backend.start(&launch.vm, cable).await?);
     let tail = Tail::default();
     tokio::spawn(console::record(console, "/dev/null".into(), tail.clone()));
     let boot = Duration::from_millis(launch.boot_timeout_ms);
-    let mut link = Link::new(channel).map_err(|error| KeeperError::io("hear the guest", error))?;
     let ready = async {
+        let mut link = Link::new(channel.open().await?)?;
         link.hear(Kind::Hello).await?;
         let warm = Request::Exec(ExecRequest {
             timeout_ms: Some(launch.boot_timeout_ms),

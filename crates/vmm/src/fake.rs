@@ -27,9 +27,9 @@ use tokio::task::AbortHandle;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Backend, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan, new_memory,
-    new_memory_at, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
-    refuse_unsavable, refuse_unstartable,
+    Backend, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan,
+    new_memory, new_memory_at, open_state, refuse_impossible, refuse_unreadable,
+    refuse_unrestorable, refuse_unsavable, refuse_unstartable,
 };
 
 /// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
@@ -529,8 +529,8 @@ impl Vm for FakeVm {
         self.pid
     }
 
-    fn take_channel(&mut self) -> Option<UnixStream> {
-        self.channel.take()
+    fn take_channel(&mut self) -> Option<Channel> {
+        self.channel.take().map(Channel::from)
     }
 
     fn take_console(&mut self) -> Option<UnixStream> {
@@ -682,6 +682,7 @@ mod tests {
         VmPlan {
             name: "m".into(),
             program: "/fake".into(),
+            directory: "".into(),
             accel: Accel::Kvm,
             cpus: 1,
             memory_mib: 128,
@@ -704,7 +705,9 @@ mod tests {
     }
 
     fn open(vm: &mut dyn Vm) -> TokioStream {
-        let channel = vm.take_channel().expect("the channel");
+        let Some(Channel::Stream(Some(channel))) = vm.take_channel() else {
+            panic!("the channel")
+        };
         channel.set_nonblocking(true).expect("a mode");
         TokioStream::from_std(channel).expect("a socket")
     }

@@ -10,18 +10,24 @@
 
 pub mod contract;
 pub mod fake;
+pub mod firecracker;
 pub mod probe;
 pub mod qemu;
 pub mod tsc;
 
+mod channel;
 mod error;
 mod file;
 mod memory;
+mod process;
+mod shape;
 mod sys;
 
 use std::fmt::Debug;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -29,6 +35,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+pub use self::channel::{Channel, Door};
 pub(crate) use self::file::{
     NewFile, memory_bytes, new_memory, new_memory_at, open_state, refuse_unrestorable,
     refuse_unsavable, refuse_unstartable,
@@ -41,6 +48,10 @@ pub struct VmPlan {
     pub name: String,
     /// The engine's program.
     pub program: PathBuf,
+    /// A directory of the backend's own, for its sockets and the like. It makes it if it needs one, in
+    /// place of one that was left over, and removes it with the machine. Its parent is there.
+    #[serde(default)]
+    pub directory: PathBuf,
     /// How guest instructions run.
     pub accel: Accel,
     /// Virtual CPUs, 1 to [`Capabilities::cpus_max`].
@@ -170,7 +181,8 @@ pub trait Backend: Debug + Send + Sync {
     /// CPUs run, whether the other's did or not. The plan is that of the other but for its name, its
     /// paths, and its memory, which is [`Memory::CopyOf`] the other's file; its kernel and initial RAM
     /// file system are in that memory and need not be there any more. The guest notices nothing: its clock stands still
-    /// between the two, and its end of the channel is as it was, so the host speaks first here.
+    /// between the two, and its end of the channel is as it was, so the host speaks first here; but for
+    /// a [`Door`], through which its agent comes anew.
     ///
     /// Otherwise as [`Backend::start`]. `state` is read before this returns and not needed after.
     ///
@@ -194,13 +206,13 @@ pub trait Vm: Debug + Send {
     /// The VMM's process number. Valid, and not reused, until [`Vm::wait`] has returned.
     fn pid(&self) -> u32;
 
-    /// Takes the byte stream to the guest's agent, in blocking mode. The guest speaks first. `Some`
-    /// once. It ends when the machine does.
-    fn take_channel(&mut self) -> Option<UnixStream>;
+    /// Takes the way to the guest's agent, who speaks first. `Some` once. It ends when the machine
+    /// does.
+    fn take_channel(&mut self) -> Option<Channel>;
 
     /// Takes the stream of the guest's console, in blocking mode: what the guest writes comes out,
     /// and what is written to it the guest reads. `Some` once. If nobody reads it the guest's console
-    /// stalls, so whoever takes it keeps reading.
+    /// stalls, or loses what it writes, so whoever takes it keeps reading.
     fn take_console(&mut self) -> Option<UnixStream>;
 
     /// Stops the virtual CPUs; memory and devices stay. Idempotent.
@@ -310,6 +322,47 @@ pub struct VmError {
 
 /// How long a VMM may take to answer a control command.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(crate) fn doing(verb: &str, name: &str) -> String {
+    format!("{verb} the machine {name}")
+}
+
+pub(crate) fn spawn_error(program: &Path, error: io::Error) -> VmError {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => VmErrorKind::ProgramMissing,
+        _ => VmErrorKind::Host,
+    };
+    VmError::new(kind, format!("run {}", program.display()), error)
+}
+
+/// The same descriptor under a number that standard input, output and error do not have: a process that
+/// was started without them gets such numbers for its first sockets, and in the child they are
+/// replaced.
+pub(crate) fn above_stdio(fd: OwnedFd) -> io::Result<OwnedFd> {
+    if fd.as_raw_fd() > libc::STDERR_FILENO {
+        return Ok(fd);
+    }
+    Ok(rustix::io::fcntl_dupfd_cloexec(
+        &fd,
+        libc::STDERR_FILENO + 1,
+    )?)
+}
+
+/// Finds a program in a list of directories. The first one wins.
+pub(crate) fn find_program<I>(name: &str, directories: I) -> Option<PathBuf>
+where
+    I: IntoIterator,
+    I::Item: AsRef<Path>,
+{
+    let is_program = |path: &PathBuf| {
+        std::fs::metadata(path)
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let mut paths = directories
+        .into_iter()
+        .map(|directory| directory.as_ref().join(name));
+    paths.find(is_program)
+}
 
 /// Refuses a plan that no retry could make possible.
 pub(crate) fn refuse_impossible(

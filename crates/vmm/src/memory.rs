@@ -10,11 +10,14 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, seek};
 use rustix::io::Errno;
 
 /// Most bytes moved at once.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// The least that is made a hole: a block of the usual file systems.
+const HOLE_BYTES: usize = 4096;
 
 /// Entries of the page map read at once; each is for a page.
 const ENTRIES: usize = 16 * 1024;
@@ -69,6 +72,49 @@ fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes holes of what is zeros in `file`, so that it takes no space. The file is opened again to be
+/// read. A file system that has no holes leaves it as it is. Returns how many bytes are holes now.
+pub(crate) fn dig_holes(file: &File) -> io::Result<u64> {
+    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+    let from = File::open(again)?;
+    let length = from.metadata()?.len();
+    let mut buffer = vec![0; CHUNK_BYTES];
+    let (mut dug, mut at) = (0, 0);
+    while at < length {
+        let left = usize::try_from(length - at).unwrap_or(CHUNK_BYTES);
+        let chunk = &mut buffer[..left.min(CHUNK_BYTES)];
+        from.read_exact_at(chunk, at)?;
+        for run in zero_runs(chunk) {
+            let (start, bytes) = (at + run.start as u64, (run.end - run.start) as u64);
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match rustix::fs::fallocate(file, flags, start, bytes) {
+                Ok(()) => dug += bytes,
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(dug),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        at += chunk.len() as u64;
+    }
+    Ok(dug)
+}
+
+/// The ranges of `chunk` that are zeros, by whole blocks. Pure.
+fn zero_runs(chunk: &[u8]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (index, block) in chunk.chunks(HOLE_BYTES).enumerate() {
+        if block.iter().any(|&byte| byte != 0) {
+            continue;
+        }
+        let start = index * HOLE_BYTES;
+        let end = start + block.len();
+        match runs.last_mut() {
+            Some(run) if run.end == start => run.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    runs
 }
 
 impl Mapped {
@@ -155,6 +201,32 @@ mod tests {
         check(&[0, PRESENT | FILE, SWAPPED | FILE], &[]);
         check(&[PRESENT, PRESENT, 0, SWAPPED], &[0..2, 3..4]);
         check(&[PRESENT | 0x1234, PRESENT | FILE, SWAPPED], &[0..1, 2..3]);
+    }
+
+    #[test]
+    fn zeros_become_holes_and_nothing_else_changes() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("memory");
+        let mut file = File::create(&path).expect("a file");
+        let mut bytes = vec![0; 3 * CHUNK_BYTES + 5000];
+        for at in [
+            0,
+            5 * HOLE_BYTES + 7,
+            CHUNK_BYTES - 1,
+            3 * CHUNK_BYTES + 4999,
+        ] {
+            bytes[at] = 1;
+        }
+        file.write_all(&bytes).expect("write");
+        let dug = dig_holes(&file).expect("dig");
+        // All but the blocks of the four bytes.
+        assert_eq!(
+            dug,
+            (bytes.len() - 3 * HOLE_BYTES - (5000 - HOLE_BYTES)) as u64
+        );
+        assert!(std::fs::read(&path).expect("read") == bytes, "it changed");
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("a file"));
+        assert!(blocks * 512 <= 16 * HOLE_BYTES as u64, "{blocks}");
     }
 
     /// Against the kernel: a private mapping of this test's own, of which some pages are written to.

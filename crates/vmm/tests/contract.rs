@@ -136,21 +136,161 @@ mod qemu {
         }
 
         fn count(&self, name: &str) -> usize {
-            let mut count = 0;
-            for process in std::fs::read_dir("/proc").expect("the processes") {
-                let process = process.expect("a process").path();
-                // One that has ended meanwhile has neither.
-                let read = |file| std::fs::read_to_string(process.join(file)).unwrap_or_default();
-                let own = read("status").contains(&format!("\nPPid:\t{}\n", std::process::id()));
-                let named = read("cmdline").contains(&format!("\0{name}\0"));
-                count += usize::from(own && named);
-            }
-            count
+            children_named(name)
         }
 
         fn kill_from_outside(&self, number: u32) {
             kill_process(pid(number), Signal::KILL).expect("kill");
         }
+    }
+}
+
+/// Needs KVM, so these run in the KVM lab only (`cargo xtask kvm-lab`).
+mod firecracker {
+    use super::qemu::pid;
+    use super::*;
+    use rustix::process::{Signal, kill_process};
+    use smolvm_vmm::firecracker::{self, Firecracker};
+
+    smolvm_vmm::contract_tests!(
+        ignore = "needs KVM and Firecracker: run by `cargo xtask kvm-lab`",
+        FirecrackerSubject::new()
+    );
+
+    pub(crate) struct FirecrackerSubject {
+        program: PathBuf,
+        pub(crate) files: Files,
+    }
+
+    impl FirecrackerSubject {
+        pub(crate) fn new() -> Self {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let program = firecracker::find(std::env::split_paths(&path))
+                .unwrap_or_else(|| panic!("these tests need `{}`", firecracker::PROGRAM));
+            FirecrackerSubject {
+                program,
+                files: Files::new(),
+            }
+        }
+    }
+
+    impl Subject for FirecrackerSubject {
+        fn backend(&self) -> &dyn Backend {
+            &Firecracker
+        }
+
+        fn plan(&self, guest: Guest) -> VmPlan {
+            VmPlan {
+                accel: Accel::Kvm,
+                tsc_khz: None,
+                ..self.files.plan(guest, self.program.clone())
+            }
+        }
+
+        fn exists(&self, number: u32) -> bool {
+            PathBuf::from(format!("/proc/{number}")).exists()
+        }
+
+        fn repeats(&self) -> bool {
+            true
+        }
+
+        fn count(&self, name: &str) -> usize {
+            children_named(name)
+        }
+
+        fn kill_from_outside(&self, number: u32) {
+            kill_process(pid(number), Signal::KILL).expect("kill");
+        }
+    }
+}
+
+/// What is true of Firecracker alone.
+mod firecracker_only {
+    use super::firecracker::FirecrackerSubject;
+    use super::*;
+    use smolvm_vmm::firecracker::{Firecracker, is_supported, version};
+    use smolvm_vmm::{VmErrorKind, contract};
+
+    #[test]
+    #[ignore = "needs KVM and Firecracker: run by `cargo xtask kvm-lab`"]
+    fn the_version_is_told_and_supported() {
+        let subject = FirecrackerSubject::new();
+        let version = version(&subject.plan(Guest::Halts).program).expect("a version");
+        assert!(is_supported(&version), "{version}");
+    }
+
+    #[test]
+    #[ignore = "needs KVM and Firecracker: run by `cargo xtask kvm-lab`"]
+    fn nothing_of_a_machine_is_left_in_its_directory() {
+        let subject = FirecrackerSubject::new();
+        let plan = subject.plan(Guest::Ticks);
+        contract::run(async {
+            let vm = Firecracker.start(&plan, None).await.expect("start");
+            assert!(plan.directory.exists());
+            drop(vm);
+            assert!(!plan.directory.exists());
+        });
+    }
+
+    #[test]
+    #[ignore = "needs KVM and Firecracker: run by `cargo xtask kvm-lab`"]
+    fn what_the_vmm_says_last_is_in_its_exit() {
+        let subject = FirecrackerSubject::new();
+        let mut plan = subject.plan(Guest::Halts);
+        // Not a kernel: the initial RAM file system.
+        plan.kernel.clone_from(&plan.initrd);
+        contract::run(async {
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            let exit = vm.wait().await.expect("wait");
+            assert_ne!(exit.code, Some(0), "{exit:?}");
+            assert!(exit.stderr.to_lowercase().contains("kernel"), "{exit:?}");
+            let error = vm.pause().await.expect_err("pause");
+            assert_eq!(error.kind, VmErrorKind::Exited);
+        });
+    }
+
+    /// The state of one engine is not for another.
+    #[test]
+    #[ignore = "needs KVM and Firecracker: run by `cargo xtask kvm-lab`"]
+    fn a_state_of_another_engine_is_refused() {
+        let subject = FirecrackerSubject::new();
+        let directory = tempfile::tempdir().expect("a directory");
+        let [memory, state] = ["memory", "state"].map(|name| directory.path().join(name));
+        let mut plan = subject.plan(Guest::Halts);
+        plan.memory = Memory::File(memory.clone());
+        contract::run(async {
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            vm.snapshot(&state, None).await.expect("snapshot");
+            vm.kill().await.expect("kill");
+            plan.memory = Memory::CopyOf(memory);
+            let refused = smolvm_vmm::qemu::Qemu.restore(&plan, &state, None).await;
+            let error = refused.expect_err("another engine");
+            assert_eq!(error.kind, VmErrorKind::Protocol);
+            let cause = std::error::Error::source(&error).expect("a cause");
+            assert_eq!(
+                cause.to_string(),
+                "the state was written by the engine firecracker, and qemu cannot read it"
+            );
+        });
+    }
+
+    #[test]
+    fn emulation_is_refused_and_a_missing_program_is_named() {
+        let files = Files::new();
+        let mut plan = files.plan(Guest::Halts, PathBuf::from("/nonexistent/firecracker"));
+        contract::run(async {
+            plan.accel = Accel::Emulation;
+            let error = Firecracker.start(&plan, None).await.expect_err("refused");
+            assert_eq!(error.kind, VmErrorKind::Unsupported);
+            plan.accel = Accel::Kvm;
+            plan.memory = Memory::File(plan.directory.with_extension("memory"));
+            let error = Firecracker.start(&plan, None).await.expect_err("refused");
+            assert_eq!(error.kind, VmErrorKind::ProgramMissing);
+            assert_eq!(error.to_string(), "run /nonexistent/firecracker");
+            assert!(!plan.directory.exists());
+            assert!(!plan.directory.with_extension("memory").exists());
+        });
     }
 }
 
@@ -439,6 +579,20 @@ mod qemu_only {
     }
 }
 
+/// How many processes of this one have `name` among their arguments.
+fn children_named(name: &str) -> usize {
+    let mut count = 0;
+    for process in std::fs::read_dir("/proc").expect("the processes") {
+        let process = process.expect("a process").path();
+        // One that has ended meanwhile has neither.
+        let read = |file| std::fs::read_to_string(process.join(file)).unwrap_or_default();
+        let own = read("status").contains(&format!("\nPPid:\t{}\n", std::process::id()));
+        let named = read("cmdline").contains(&format!("\0{name}\0"));
+        count += usize::from(own && named);
+    }
+    count
+}
+
 /// How guests run: translated, unless `SMOLVM_TEST_ACCEL` is `kvm`, as it is in the KVM lab.
 fn accel() -> Accel {
     match std::env::var("SMOLVM_TEST_ACCEL").as_deref() {
@@ -468,9 +622,11 @@ impl Files {
 
     fn plan(&self, guest: Guest, program: PathBuf) -> VmPlan {
         static MACHINES: AtomicU32 = AtomicU32::new(0);
+        let number = MACHINES.fetch_add(1, Ordering::Relaxed);
         VmPlan {
-            name: format!("contract-{}", MACHINES.fetch_add(1, Ordering::Relaxed)),
+            name: format!("contract-{number}"),
             program,
+            directory: self.0.path().join(format!("vmm-{number}")),
             accel: accel(),
             cpus: 1,
             memory_mib: 64,

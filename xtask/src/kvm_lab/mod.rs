@@ -149,13 +149,20 @@ fn patience(args: &Args) -> Duration {
 fn test(args: &Args, tests: &mut Tests) -> Result<()> {
     let begin = Instant::now();
     let lab = Lab::open()?;
-    let mut suite = Suite::plan(&args.words, !args.contract, args.all)?;
-    if suite.skipped > 0 {
-        let why = format!("{} skipped", suite.skipped);
-        run::say(&format!(
-            "kvm-lab: {why}: end-to-end tests on KVM, which `cargo xtask kvm-lab` runs"
-        ));
-        tests.skipped = Some(why);
+    let firecracker = OTHERS.iter().all(|name| on_path(name).is_some());
+    let mut suite = Suite::plan(&args.words, firecracker, !args.contract, args.all)?;
+    let reasons = [
+        (suite.skipped, "no firecracker on the PATH"),
+        (
+            suite.left_out,
+            "end-to-end tests on KVM, which `cargo xtask kvm-lab` runs",
+        ),
+    ];
+    for (count, why) in reasons.into_iter().filter(|(count, _)| *count > 0) {
+        run::say(&format!("kvm-lab: {count} SKIPPED: {why}"));
+    }
+    if suite.skipped + suite.left_out > 0 {
+        tests.skipped = Some(format!("{} skipped", suite.skipped + suite.left_out));
     }
     let planned = suite.left();
     run::say(&format!("kvm-lab: {planned} tests"));

@@ -24,6 +24,7 @@ struct Step {
     /// What the tests are told.
     environment: &'static [(&'static str, &'static str)],
     host: Host,
+    engine: Engine,
     /// How many at once.
     threads: u8,
 }
@@ -44,13 +45,21 @@ enum Host {
     WithKvm,
 }
 
-const STEPS: [Step; 4] = [
+/// What a step's tests need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Engine {
+    Qemu,
+    Firecracker,
+}
+
+const STEPS: [Step; 6] = [
     Step {
         name: "probe, no KVM",
         program: "probe",
         which: Which::Named(&[""]),
         environment: &[("SMOLVM_TEST_KVM", "absent")],
         host: Host::WithoutKvm,
+        engine: Engine::Qemu,
         threads: 1,
     },
     Step {
@@ -59,6 +68,7 @@ const STEPS: [Step; 4] = [
         which: Which::Named(&[""]),
         environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
+        engine: Engine::Qemu,
         threads: 1,
     },
     Step {
@@ -67,6 +77,16 @@ const STEPS: [Step; 4] = [
         which: Which::Named(&["qemu::", "qemu_only::"]),
         environment: &[("SMOLVM_TEST_ACCEL", "kvm")],
         host: Host::WithKvm,
+        engine: Engine::Qemu,
+        threads: 2,
+    },
+    Step {
+        name: "contract, Firecracker",
+        program: "contract",
+        which: Which::Named(&["firecracker"]),
+        environment: &[("SMOLVM_TEST_ACCEL", "kvm")],
+        host: Host::WithKvm,
+        engine: Engine::Firecracker,
         threads: 2,
     },
     Step {
@@ -75,12 +95,28 @@ const STEPS: [Step; 4] = [
         which: Which::Listed(E2E),
         environment: &[("SMOLVM_TEST_KVM", "works")],
         host: Host::WithKvm,
+        engine: Engine::Qemu,
+        threads: 2,
+    },
+    Step {
+        name: "end to end, Firecracker",
+        program: "e2e",
+        which: Which::Listed(E2E),
+        environment: &[("SMOLVM_TEST_KVM", "works")],
+        host: Host::WithKvm,
+        engine: Engine::Firecracker,
         threads: 2,
     },
 ];
 
 /// The test programs of all steps.
 const TEST_PROGRAMS: [&str; 3] = ["probe", "contract", "e2e"];
+
+/// How the names of tests begin that are ignored because they need what only the lab has.
+const NEEDS_KVM: &str = "firecracker";
+
+/// Where programs are that are only found by the steps that need them.
+const FIRECRACKER: &str = "/cargo/firecracker";
 
 /// What is going to be run.
 #[derive(Debug)]
@@ -91,8 +127,10 @@ pub(super) struct Suite {
     speaks: Option<usize>,
     pub(super) passed: u64,
     pub(super) failed: u64,
-    /// Tests of the list that are left for another time.
+    /// How many would run if there was a Firecracker.
     pub(super) skipped: u64,
+    /// How many of the list are left for another time.
+    pub(super) left_out: u64,
     /// Test programs by their names.
     programs: BTreeMap<String, PathBuf>,
 }
@@ -102,13 +140,19 @@ impl Suite {
     /// names, or all if there is none.
     ///
     /// With `all`, also those that the list leaves out; without `listed`, none of it.
-    pub(super) fn plan(filters: &[String], listed: bool, all: bool) -> Result<Self> {
+    pub(super) fn plan(
+        filters: &[String],
+        firecracker: bool,
+        listed: bool,
+        all: bool,
+    ) -> Result<Self> {
         let mut suite = Self {
             left: Vec::new(),
             speaks: None,
             passed: 0,
             failed: 0,
             skipped: 0,
+            left_out: 0,
             programs: build()?,
         };
         for step in &STEPS {
@@ -118,8 +162,11 @@ impl Suite {
                 _ => step.which.choose(&known)?,
             };
             chosen.retain(|test| filters.is_empty() || filters.iter().any(|f| test.contains(f)));
-            if matches!(step.which, Which::Listed(_)) && !listed {
-                suite.skipped += u64::try_from(chosen.len())?;
+            let count = u64::try_from(chosen.len())?;
+            if step.engine == Engine::Firecracker && !firecracker {
+                suite.skipped += count;
+            } else if matches!(step.which, Which::Listed(_)) && !listed {
+                suite.left_out += count;
             } else {
                 suite.left.push((step, chosen));
             }
@@ -213,12 +260,21 @@ impl Suite {
 impl Step {
     /// The call that runs it.
     fn line(&self, chosen: &[String]) -> String {
-        let mut line = format!("run {} env", quoted(self.name));
+        let path = match self.engine {
+            Engine::Qemu => String::new(),
+            Engine::Firecracker => format!(" PATH={FIRECRACKER}:\"$PATH\""),
+        };
+        let ignored = match self.engine {
+            Engine::Qemu => "",
+            // Those of an engine that needs KVM are left out wherever there is none.
+            Engine::Firecracker => " --include-ignored",
+        };
+        let mut line = format!("run {} env{path}", quoted(self.name));
         for (name, value) in self.environment {
             line = format!("{line} {name}={}", quoted(value));
         }
         line = format!(
-            "{line} /cargo/tests/{} --exact --color=never --test-threads={}",
+            "{line} /cargo/tests/{} --exact{ignored} --color=never --test-threads={}",
             self.program, self.threads
         );
         for test in chosen {
@@ -339,7 +395,7 @@ fn tests_of(program: &Path) -> Result<Vec<String>> {
     };
     let ignored = list(&["--ignored"])?;
     let mut all = list(&[])?;
-    all.retain(|test| !ignored.contains(test));
+    all.retain(|test| test.starts_with(NEEDS_KVM) || !ignored.contains(test));
     Ok(all)
 }
 
@@ -377,6 +433,7 @@ mod tests {
             passed: 0,
             failed: 0,
             skipped: 0,
+            left_out: 0,
             programs: BTreeMap::new(),
         };
         for line in [
@@ -405,11 +462,13 @@ mod tests {
 
     #[test]
     fn a_step_is_a_call() {
-        let step = &STEPS[2];
+        let step = &STEPS[3];
+        assert_eq!(step.engine, Engine::Firecracker);
         assert_eq!(
-            step.line(&names(&["qemu::dropping_kills"])),
-            "run 'contract, QEMU' env SMOLVM_TEST_ACCEL='kvm' /cargo/tests/contract --exact \
-             --color=never --test-threads=2 \\\n    'qemu::dropping_kills'\n"
+            step.line(&names(&["firecracker::dropping_kills"])),
+            "run 'contract, Firecracker' env PATH=/cargo/firecracker:\"$PATH\" \
+             SMOLVM_TEST_ACCEL='kvm' /cargo/tests/contract --exact --include-ignored \
+             --color=never --test-threads=2 \\\n    'firecracker::dropping_kills'\n"
         );
     }
 }

@@ -587,7 +587,7 @@ fn data(
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "environment": stamp,
-        "backend": "qemu",
+        "backend": stamp.get("engine"),
         "image": args.image,
         "iterations": args.iterations,
         "started_at": began,
@@ -644,6 +644,8 @@ fn environment(engine: &Engine) -> Map<String, Value> {
         json!(rustix::system::uname().release().to_string_lossy()),
     );
     add("accel", json!(accel));
+    let chosen = engine.engine().ok();
+    add("engine", json!(chosen.map(|found| found.name.as_str())));
     add("qemu", json!(qemu_version(&engine.config().program_dirs)));
     stamp
 }

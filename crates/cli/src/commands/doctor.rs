@@ -1,7 +1,7 @@
 //! `smolvm doctor`: can this host run sandboxes, and if not, what helps.
 
 use serde_json::json;
-use smolvm_engine::{AccelChoice, CheckStatus};
+use smolvm_engine::{AccelChoice, CheckStatus, EngineChoice};
 
 use super::{Context, Outcome};
 use crate::report::CliError;
@@ -40,11 +40,17 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         .status(&format!("{pass} passed, {warn} warned, {fail} failed"));
     let bad = fail + if args.strict { warn } else { 0 };
     let acceleration = engine.acceleration().ok();
+    let chosen = engine.engine().ok();
     let uname = rustix::system::uname();
     Ok(Outcome {
         data: json!({
-            "backend_requested": "auto",
-            "backend_resolved": "qemu",
+            "backend_requested": match engine.config().engine {
+                EngineChoice::Auto => "auto",
+                EngineChoice::Qemu => "qemu",
+                EngineChoice::Firecracker => "firecracker",
+            },
+            "backend_resolved": chosen.as_ref().map(|found| found.name.as_str()),
+            "backend_reason": chosen.as_ref().map(|found| &found.reason),
             "accel_requested": match engine.config().accel {
                 AccelChoice::Auto => "auto",
                 AccelChoice::Kvm => "kvm",

@@ -157,7 +157,7 @@ fn describe(snapshot: &SnapshotInfo) -> Value {
     json!({
         "snapshot_id": snapshot.name,
         "vm_id": snapshot.sandbox,
-        "backend": "qemu",
+        "backend": snapshot.engine,
         "snapshot_type": "full",
         "image": snapshot.image,
         "vcpus": snapshot.cpus,

@@ -111,6 +111,7 @@ impl Home {
             agent: "/none".into(),
             program_dirs: Vec::new(),
             accel: AccelChoice::Emulation,
+            engine: smolvm_engine::EngineChoice::Qemu,
             templates: false,
             network: self.network(),
             settings: smolvm_engine::Settings::default(),
@@ -180,6 +181,7 @@ fn start(home: &Home) -> Launch {
         vm: VmPlan {
             name: "a".to_owned(),
             program: "/none".into(),
+            directory: PathBuf::new(),
             accel: Accel::Emulation,
             cpus: 1,
             memory_mib: 128,

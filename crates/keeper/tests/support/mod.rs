@@ -82,6 +82,7 @@ impl Home {
                 .chain(SYSTEM_DIRS.map(PathBuf::from))
                 .collect(),
             accel: AccelChoice::Emulation,
+            engine: smolvm_engine::EngineChoice::Qemu,
             templates: true,
             boot_timeout: Duration::from_secs(20),
             settings: Settings::default(),

@@ -112,12 +112,13 @@ fn a_sandbox_is_a_keeper_and_a_machine_and_a_command_in_it_is_no_process_here() 
         .ok();
     assert_eq!(executed(&exec_log), ["smolvm"]);
     assert_eq!(forked(&exec_log), Vec::<String>::new());
+    let machine = match home.info("box").json["backend"].as_str() {
+        Some("firecracker") => "firecracker",
+        _ => "qemu-system-x86_64",
+    };
     // The trace ends when the last process it follows has ended.
     home.rm(&["box"]);
     create.wait().ok();
-    assert_eq!(
-        executed(&create_log),
-        ["smolvm", "smolvm-keeper", "qemu-system-x86_64"]
-    );
+    assert_eq!(executed(&create_log), ["smolvm", "smolvm-keeper", machine]);
     assert_eq!(forked(&create_log).len(), 2, "{:#?}", forked(&create_log));
 }

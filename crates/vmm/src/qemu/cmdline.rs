@@ -258,6 +258,7 @@ mod tests {
         VmPlan {
             name: "quiet-otter".into(),
             program: "/usr/bin/qemu-system-x86_64".into(),
+            directory: PathBuf::new(),
             accel,
             cpus: 2,
             memory_mib: 512,

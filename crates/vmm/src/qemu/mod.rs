@@ -4,14 +4,11 @@
 //! guest code in software where there is none.
 
 pub mod cmdline;
-mod launch;
 mod qmp;
-mod shape;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -21,14 +18,15 @@ use std::time::Instant;
 use async_trait::async_trait;
 
 use self::cmdline::Descriptors;
-use self::launch::Process;
 use self::qmp::{Command, Monitor, QmpError};
-use self::shape::Shape;
 use crate::memory::{Mapped, copy_data};
+use crate::process::{Process, Surroundings};
+use crate::shape::Shape;
 use crate::{
-    Backend, CONTROL_TIMEOUT, Capabilities, Exit, Memory, NewFile, Vm, VmError, VmErrorKind,
-    VmPlan, memory_bytes, new_memory, new_memory_at, open_state, refuse_impossible,
-    refuse_unreadable, refuse_unrestorable, refuse_unsavable, refuse_unstartable,
+    Backend, CONTROL_TIMEOUT, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError,
+    VmErrorKind, VmPlan, above_stdio, doing, find_program, memory_bytes, new_memory, new_memory_at,
+    open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unsavable,
+    refuse_unstartable, spawn_error,
 };
 
 /// The program that emulates this host's architecture.
@@ -37,6 +35,8 @@ pub const PROGRAM: &str = if cfg!(target_arch = "aarch64") {
 } else {
     "qemu-system-x86_64"
 };
+
+const NAME: &str = "qemu";
 
 /// What the `microvm` machine can do.
 ///
@@ -58,13 +58,7 @@ where
     I: IntoIterator,
     I::Item: AsRef<Path>,
 {
-    directories
-        .into_iter()
-        .map(|directory| directory.as_ref().join(PROGRAM))
-        .find(|program| {
-            std::fs::metadata(program)
-                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-        })
+    find_program(PROGRAM, directories)
 }
 
 /// The version of the program, for example `7.2.22`. Runs it and waits, some 20 ms.
@@ -103,7 +97,7 @@ pub struct Qemu;
 #[async_trait]
 impl Backend for Qemu {
     fn name(&self) -> &'static str {
-        "qemu"
+        NAME
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -135,11 +129,11 @@ impl Backend for Qemu {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         let base = refuse_unrestorable(plan)?;
         refuse_unreadable(plan)?;
-        let mut file = open_state(state)?;
-        let found = Shape::read(&mut file);
-        let wanted = Shape::of(plan);
+        let file = open_state(state)?;
+        let found = Shape::read(&file);
+        let wanted = Shape::of(NAME, plan);
         found
-            .and_then(|found| found.expect(&wanted))
+            .and_then(|(found, _)| found.expect(&wanted))
             .map_err(|error| {
                 let doing = doing("restore", &plan.name);
                 VmError::new(VmErrorKind::Protocol, doing, error)
@@ -175,7 +169,8 @@ fn launch(plan: &VmPlan, base: Option<File>, cable: Option<OwnedFd>) -> Result<Q
     };
     let arguments = cmdline::arguments(plan, fds);
     tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
-    let process = Process::spawn(&plan.program, &arguments, inherited)
+    let around = Surroundings::default();
+    let process = Process::spawn(&plan.program, &arguments, inherited, around)
         .map_err(|error| spawn_error(&plan.program, error))?;
     Ok(QemuVm {
         plan: plan.clone(),
@@ -206,8 +201,8 @@ impl Vm for QemuVm {
         self.process.pid()
     }
 
-    fn take_channel(&mut self) -> Option<UnixStream> {
-        self.agent.take()
+    fn take_channel(&mut self) -> Option<Channel> {
+        self.agent.take().map(Channel::from)
     }
 
     fn take_console(&mut self) -> Option<UnixStream> {
@@ -257,7 +252,7 @@ impl Vm for QemuVm {
         let still = Instant::now();
         let saved = self.monitor.save(for_qemu.into()).await;
         self.told(VERB, saved).await?;
-        Shape::of(&self.plan)
+        Shape::of(NAME, &self.plan)
             .append(&mut state)
             .map_err(|error| self.host(VERB, error))?;
         let copy = match copy {
@@ -400,35 +395,11 @@ fn open_memory(path: &Path) -> Result<File, VmError> {
     })
 }
 
-fn doing(verb: &str, name: &str) -> String {
-    format!("{verb} the machine {name}")
-}
-
-fn spawn_error(program: &Path, error: io::Error) -> VmError {
-    let kind = match error.kind() {
-        io::ErrorKind::NotFound => VmErrorKind::ProgramMissing,
-        _ => VmErrorKind::Host,
-    };
-    VmError::new(kind, format!("run {}", program.display()), error)
-}
-
-/// The same descriptor under a number that standard input, output and error do not have: a process that
-/// was started without them gets such numbers for its first sockets, and in the child they are
-/// replaced.
-fn above_stdio(fd: OwnedFd) -> io::Result<OwnedFd> {
-    if fd.as_raw_fd() > libc::STDERR_FILENO {
-        return Ok(fd);
-    }
-    Ok(rustix::io::fcntl_dupfd_cloexec(
-        &fd,
-        libc::STDERR_FILENO + 1,
-    )?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn the_program_is_found_in_the_first_directory_that_has_it() {

@@ -10,8 +10,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid,
+};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe::Receiver;
 use tokio::task::AbortHandle;
@@ -21,9 +24,20 @@ use crate::{Exit, sys};
 /// How much of what the VMM says last is kept.
 const STDERR_BYTES_MAX: usize = 4096;
 
+/// What a process finds around it.
+#[derive(Debug, Default)]
+pub(crate) struct Surroundings<'a> {
+    /// Its working directory; that of this process if absent.
+    pub(crate) directory: Option<&'a Path>,
+    /// Its standard input; nothing to read if absent.
+    pub(crate) input: Option<OwnedFd>,
+    /// Its standard output; to nowhere if absent.
+    pub(crate) output: Option<OwnedFd>,
+}
+
 /// A running child process.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     child: Child,
     /// Readable once the process has ended: pidfd_open(2).
     pidfd: AsyncFd<OwnedFd>,
@@ -33,14 +47,18 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts `program` with `inherited` open under the same numbers as here, an empty environment,
-    /// and nothing to read on its standard input.
+    /// Starts `program` with `inherited` open under the same numbers as here, and an empty environment.
     ///
     /// Must be called within a tokio runtime. On error no process remains.
-    pub(super) fn spawn(
+    pub(crate) fn spawn(
         program: &Path,
         arguments: &[OsString],
         inherited: Vec<OwnedFd>,
+        Surroundings {
+            directory,
+            input,
+            output,
+        }: Surroundings<'_>,
     ) -> io::Result<Process> {
         let (stderr_here, stderr_there) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Both ends: the VMM loses words, rather than time, when nobody reads them.
@@ -52,9 +70,12 @@ impl Process {
             .args(arguments)
             // Keys and tokens of the caller are none of the VMM's business.
             .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdin(input.map_or_else(Stdio::null, Stdio::from))
+            .stdout(output.map_or_else(Stdio::null, Stdio::from))
             .stderr(stderr_there);
+        if let Some(directory) = directory {
+            command.current_dir(directory);
+        }
         sys::adopt(&mut command, inherited);
         let mut child = command.spawn()?;
         // `command` holds our copies of the child's ends; without them gone, none would ever close.
@@ -78,25 +99,60 @@ impl Process {
     }
 
     /// The process number; not reused before [`Process::wait`] has returned.
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
+    /// A descriptor that is readable once the process has ended.
+    pub(crate) fn ended(&self) -> io::Result<OwnedFd> {
+        self.pidfd.get_ref().try_clone()
+    }
+
     /// How it ended, if it has been waited for.
-    pub(super) fn exit(&self) -> Option<&Exit> {
+    pub(crate) fn exit(&self) -> Option<&Exit> {
         self.exit.as_ref()
     }
 
     /// Sends SIGKILL. Nothing happens if it has been waited for.
-    pub(super) fn kill(&mut self) -> io::Result<()> {
+    pub(crate) fn kill(&mut self) -> io::Result<()> {
         match self.exit {
             Some(_) => Ok(()),
             None => self.child.kill(),
         }
     }
 
+    /// Stops all threads of it (SIGSTOP) and waits until they stand still, or it ends.
+    pub(crate) async fn stop(&mut self) -> io::Result<()> {
+        let pid = self.send(Signal::STOP)?;
+        // The parent hears of a stop by waiting for it, and by nothing else that could be watched. What is
+        // heard is left for whoever reaps.
+        let heard = tokio::task::spawn_blocking(move || {
+            let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            loop {
+                match waitid(WaitId::Pid(pid), options) {
+                    Err(Errno::INTR) => {}
+                    other => return other.map(drop),
+                }
+            }
+        });
+        Ok(heard.await.map_err(io::Error::other)??)
+    }
+
+    /// Lets all its threads go on.
+    pub(crate) fn go_on(&mut self) -> io::Result<()> {
+        self.send(Signal::CONT).map(drop)
+    }
+
+    fn send(&mut self, signal: Signal) -> io::Result<Pid> {
+        let pid = pid_of(&self.child)?;
+        if self.exit.is_none() {
+            kill_process(pid, signal)?;
+        }
+        Ok(pid)
+    }
+
     /// Waits for the end and reaps. May be called again; may be dropped without loss.
-    pub(super) async fn wait(&mut self) -> io::Result<Exit> {
+    pub(crate) async fn wait(&mut self) -> io::Result<Exit> {
         loop {
             if let Some(exit) = &self.exit {
                 return Ok(exit.clone());
@@ -132,12 +188,15 @@ fn kill_and_reap(child: &mut Child) {
 }
 
 fn watch(child: &Child) -> io::Result<AsyncFd<OwnedFd>> {
-    let pid = i32::try_from(child.id())
+    let pidfd = pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
+    sys::watch_readable(pidfd)
+}
+
+fn pid_of(child: &Child) -> io::Result<Pid> {
+    i32::try_from(child.id())
         .ok()
         .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::other("the process number is out of range"))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    sys::watch_readable(pidfd)
+        .ok_or_else(|| io::Error::other("the process number is out of range"))
 }
 
 fn told(status: ExitStatus, stderr: &Tail) -> Exit {
