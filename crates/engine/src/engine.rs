@@ -21,7 +21,7 @@ use smolvm_vmm::{Accel, Memory};
 
 use crate::assets::{Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, unknown_image};
 use crate::config::Config;
-use crate::engines::{self, EngineChoice, EngineName};
+use crate::engines::{EngineChoice, EngineName};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
 use crate::kernels;
@@ -972,7 +972,6 @@ impl Engine {
     ) -> Result<HostFacts> {
         let acceleration = facts::acceleration(store, self.config().accel)?;
         let choice = engine.map_or(self.config().engine, EngineName::choice);
-        let choice = engines::that_can(choice, nic)?;
         let engine = self.choose(store, choice, &acceleration)?;
         let accel = if acceleration.kvm {
             Accel::Kvm

@@ -180,19 +180,6 @@ impl Engine {
     }
 }
 
-/// The choice among the engines that can do what a machine needs. Pure.
-pub(crate) fn that_can(choice: EngineChoice, nic: bool) -> Result<EngineChoice> {
-    match choice {
-        EngineChoice::Firecracker if nic => Err(Error::new(
-            ErrorKind::Unsupported,
-            "a sandbox with a network cannot run in Firecracker yet",
-        )
-        .hint("give --engine qemu, or --network off")),
-        EngineChoice::Auto if nic => Ok(EngineChoice::Qemu),
-        choice => Ok(choice),
-    }
-}
-
 fn ask(program: &Path) -> std::result::Result<String, String> {
     firecracker::version(program).map_err(|error| format!("could not {error}"))
 }
@@ -217,56 +204,28 @@ mod tests {
     use smolvm_vmm::qemu::Qemu;
     use smolvm_vmm::{Backend, Capabilities};
 
-    use super::*;
     use crate::spec::CPUS_MAX;
 
     /// The table in the README says what the engines' capabilities say.
     #[test]
     fn the_readme_has_what_engines_can_do() {
-        let engines: [(EngineChoice, Capabilities); 2] = [
-            (EngineChoice::Qemu, Qemu.capabilities()),
-            (EngineChoice::Firecracker, Firecracker.capabilities()),
-        ];
-        let row = |what: &str, cell: &dyn Fn(&(EngineChoice, Capabilities)) -> String| {
-            format!(
-                "| {what} | {} | {} |\n",
-                cell(&engines[0]),
-                cell(&engines[1])
-            )
+        let engines = [Qemu.capabilities(), Firecracker.capabilities()];
+        let row = |what: &str, cell: &dyn Fn(&Capabilities) -> String| {
+            let [qemu, firecracker] = engines.each_ref().map(cell);
+            format!("| {what} | {qemu} | {firecracker} |\n")
         };
         let yes = |can: bool| if can { "yes" } else { "not yet" }.to_owned();
         let table = [
-            row("pause and resume", &|(_, can)| yes(can.pause)),
-            row("templates, snapshots, forks, pools", &|(_, can)| {
+            row("pause and resume", &|can| yes(can.pause)),
+            row("templates, snapshots, forks, pools", &|can| {
                 yes(can.snapshot)
             }),
-            row("network", &|(choice, _)| {
-                yes(that_can(*choice, true).is_ok())
-            }),
-            row("processors", &|(_, can)| {
-                can.cpus_max.min(CPUS_MAX).to_string()
-            }),
-            row("disks", &|(_, can)| can.disks_max.to_string()),
+            row("network", &|can| yes(can.cable.is_some())),
+            row("processors", &|can| can.cpus_max.min(CPUS_MAX).to_string()),
+            row("disks", &|can| can.disks_max.to_string()),
         ]
         .concat();
         let readme = include_str!("../../../README.md");
         assert!(readme.contains(&table), "it should have\n{table}");
-    }
-
-    #[test]
-    fn a_machine_that_needs_more_gets_another_engine_or_a_refusal() {
-        for (choice, nic, expected) in [
-            (EngineChoice::Auto, false, Some(EngineChoice::Auto)),
-            (EngineChoice::Auto, true, Some(EngineChoice::Qemu)),
-            (EngineChoice::Qemu, true, Some(EngineChoice::Qemu)),
-            (
-                EngineChoice::Firecracker,
-                false,
-                Some(EngineChoice::Firecracker),
-            ),
-            (EngineChoice::Firecracker, true, None),
-        ] {
-            assert_eq!(that_can(choice, nic).ok(), expected, "{choice:?} {nic}");
-        }
     }
 }

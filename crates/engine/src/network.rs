@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU16;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -29,9 +29,10 @@ use smolvm_host::os::Os;
 use smolvm_host::packages::PASTA;
 use smolvm_host::{HostError, HostErrorKind};
 use smolvm_proto::keeper::{KeeperRequest, NetworkPolicy};
+use smolvm_vmm::{Cable, CableKind};
 
 use crate::engine::{Engine, unknown_sandbox, wait_for_end};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::Layout;
 use crate::store::{NetworkMode, NetworkRow, State, Store};
 use crate::teardown;
@@ -656,7 +657,9 @@ impl NetworkLaunch {
 #[derive(Debug)]
 pub struct Link {
     os: Os,
-    tap: Tap,
+    device: TapName,
+    /// Unless it was left to the machine.
+    tap: Option<Tap>,
     firewall: Firewall,
     owner: Owner,
     guest: Guest,
@@ -691,7 +694,8 @@ impl Link {
         docker::let_through(os).map_err(not_permitted)?;
         Ok(Self {
             os: os.clone(),
-            tap,
+            device: name,
+            tap: Some(tap),
             firewall: Firewall::new(os.clone(), owner.clone()),
             owner,
             guest: Guest {
@@ -714,13 +718,34 @@ impl Link {
         self.firewall.add(&self.guest).map_err(not_permitted)
     }
 
-    /// Another descriptor of the device, for the machine.
+    /// The device, for the machine: another descriptor of it, or its name, for which it is closed and
+    /// stays until [`Link::close`] or [`release`].
     ///
     /// # Errors
     ///
-    /// Those of fcntl(2).
-    pub fn cable(&self) -> std::io::Result<OwnedFd> {
-        self.tap.as_fd().try_clone_to_owned()
+    /// Those of fcntl(2) and of the TUN driver.
+    pub fn cable(&mut self, kind: CableKind) -> Result<Cable> {
+        match (kind, self.tap.take()) {
+            (CableKind::Descriptor, Some(tap)) => {
+                let other = tap.as_fd().try_clone_to_owned();
+                self.tap = Some(tap);
+                let other =
+                    other.map_err(|error| io("could not pass on the network device", error))?;
+                return Ok(Cable::Descriptor(other));
+            }
+            (CableKind::Descriptor, None) => {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    "the network device was passed on by its name already",
+                ));
+            }
+            // The VMM runs as whoever this is.
+            (CableKind::Device, Some(tap)) => {
+                tap.leave_to(&self.os, rustix::process::geteuid().as_raw())?;
+            }
+            (CableKind::Device, None) => {}
+        }
+        Ok(Cable::Device(self.device.to_string()))
     }
 
     /// The sandbox as the firewall knows it.
@@ -742,14 +767,21 @@ impl Link {
     }
 
     /// Takes the entry out of the firewall and gives the address free; the device goes with its last
-    /// descriptor. `guest` is what the firewall was told last. Idempotent.
+    /// descriptor, which may be this one's. `guest` is what the firewall was told last. The machine has to
+    /// be gone. Idempotent.
     ///
     /// # Errors
     ///
     /// Those of the host.
-    pub fn close(&self, guest: &Guest) -> Result<()> {
+    pub fn close(&mut self, guest: &Guest) -> Result<()> {
         self.firewall.remove(guest)?;
-        Ok(self.tap.release_address(&self.os, guest.address)?)
+        tap::release_address(&self.os, self.device, guest.address)?;
+        if self.tap.is_none() {
+            let tap = Tap::open(&self.os, self.device, true)?;
+            tap.let_go(&self.os)?;
+            self.tap = Some(tap);
+        }
+        Ok(())
     }
 }
 

@@ -1117,7 +1117,9 @@ impl Driver {
 
     /// What cannot be given back now is found by its row, at the next start or repair.
     fn give_network_back(&mut self, keep_log: bool) {
-        let Some(network) = &self.network else { return };
+        let Some(network) = &mut self.network else {
+            return;
+        };
         if keep_log
             && let Err(error) = network.write_denied(&self.layout.sandbox(&self.launch.id).denied())
         {

@@ -91,8 +91,8 @@ fn keep(path: &Path, backends: Backends) -> Result<(), KeeperError> {
             let backend = backends(&launch.engine)
                 .ok_or_else(|| KeeperError::UnknownEngine(launch.engine.clone()))?;
             let ports = smolvm_engine::ports::bind_all(&Os::new(), &host, &launch.ports)?;
-            let network = Network::set_up(&Os::new(), &host, &mut launch).await?;
-            let started = start(backend.as_ref(), &launch, network.as_ref()).await?;
+            let mut network = Network::set_up(&Os::new(), &host, &mut launch).await?;
+            let started = start(backend.as_ref(), &launch, network.as_mut()).await?;
             let outside = Outside {
                 host,
                 network,
@@ -136,10 +136,14 @@ fn try_network() -> ExitCode {
 async fn start(
     backend: &dyn Backend,
     launch: &Launch,
-    network: Option<&Network>,
+    mut network: Option<&mut Network>,
 ) -> Result<Started, KeeperError> {
     let mut booted_because = None;
-    let cable = || network.map(Network::cable).transpose();
+    let kind = backend.capabilities().cable;
+    let mut cable = || match &mut network {
+        Some(network) => network.cable(kind),
+        None => Ok(None),
+    };
     if let Some(restore) = &launch.restore {
         match template::wake(backend, launch, restore, cable()?).await {
             Err(error) if restore.or_boot => {

@@ -25,6 +25,7 @@ use smolvm_host::net::nft::{Firewall, Guest, Loss, Reach, Watch};
 use smolvm_host::net::user::{HostSide, Uplink};
 use smolvm_host::os::{Durability, Os};
 use smolvm_proto::message;
+use smolvm_vmm::{Cable, CableKind};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -165,11 +166,9 @@ impl Network {
         })
     }
 
-    /// A descriptor of the device for the machine.
-    pub(crate) fn cable(&self) -> Result<OwnedFd, KeeperError> {
-        self.link
-            .cable()
-            .map_err(|error| KeeperError::io("pass on the network device", error))
+    /// The device, for the machine. `None` for one that can have none.
+    pub(crate) fn cable(&mut self, kind: Option<CableKind>) -> Result<Option<Cable>, KeeperError> {
+        Ok(kind.map(|kind| self.link.cable(kind)).transpose()?)
     }
 
     /// What the guest is told of it.
@@ -258,7 +257,7 @@ impl Network {
 
     /// Takes the sandbox out of the firewall and gives its address free. Its row in the store is to be
     /// removed afterwards.
-    pub(crate) fn take_down(&self) -> Result<(), Error> {
+    pub(crate) fn take_down(&mut self) -> Result<(), Error> {
         match self.let_go() {
             Some(guest) => self.link.close(&guest),
             None => Ok(()),

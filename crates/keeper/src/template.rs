@@ -5,7 +5,6 @@
 //! told Hello, it says it again, and everything after is as after a boot ([`smolvm_proto::rejoin`]).
 
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::version::{Hello, Nonce};
 use smolvm_proto::{Decoder, Frame, Kind, Rejoin};
-use smolvm_vmm::{Backend, Channel, Vm};
+use smolvm_vmm::{Backend, Cable, CableKind, Channel, Vm};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -73,7 +72,7 @@ pub(crate) async fn wake(
     backend: &dyn Backend,
     launch: &Launch,
     Restore { state, or_boot }: &Restore,
-    cable: Option<OwnedFd>,
+    cable: Option<Cable>,
 ) -> Result<Started, KeeperError> {
     let or_boot = *or_boot;
     let mut started = Started::new(backend.restore(&launch.vm, state, cable).await?);
@@ -143,6 +142,20 @@ pub(crate) fn time_left(
     Some(own_left.max(WAKE_STEP).min(left))
 }
 
+/// A network device with nobody at the other end. A machine that opens its own is started by this thread,
+/// which has no other network from now on.
+fn detached(kind: Option<CableKind>) -> Result<Option<Cable>, KeeperError> {
+    let os = Os::new();
+    let made = match kind {
+        Some(CableKind::Descriptor) => Tap::detached(&os, true).map(Cable::Descriptor),
+        Some(CableKind::Device) => {
+            Tap::detached_here(&os, true).map(|name| Cable::Device(name.to_string()))
+        }
+        None => return Ok(None),
+    };
+    Ok(Some(made.map_err(smolvm_engine::Error::from)?))
+}
+
 /// Boots a machine and saves it, when its guest is ready, at `launch.snapshot`.
 pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), KeeperError> {
     let Some(state) = &launch.snapshot else {
@@ -153,7 +166,7 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
     };
     // A machine that is to have a network device gets one with nobody at the other end.
     let cable = match launch.vm.nic {
-        Some(_) => Some(Tap::detached(&Os::new(), true).map_err(smolvm_engine::Error::from)?),
+        Some(_) => detached(backend.capabilities().cable)?,
         None => None,
     };
     let Started {

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -27,9 +26,9 @@ use tokio::task::AbortHandle;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Backend, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan,
-    new_memory, new_memory_at, open_state, refuse_impossible, refuse_unreadable,
-    refuse_unrestorable, refuse_unsavable, refuse_unstartable,
+    Backend, Cable, CableKind, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError,
+    VmErrorKind, VmPlan, new_memory, new_memory_at, open_state, refuse_impossible,
+    refuse_unreadable, refuse_unrestorable, refuse_unsavable, refuse_unstartable,
 };
 
 /// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
@@ -44,6 +43,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     memory_mib_min: 64,
     memory_mib_max: 512 * 1024,
     disks_max: 16,
+    cable: Some(CableKind::Descriptor),
 };
 
 /// What a guest sees of its machine.
@@ -284,7 +284,7 @@ impl Backend for Fake {
         CAPABILITIES
     }
 
-    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError> {
+    async fn start(&self, plan: &VmPlan, cable: Option<Cable>) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
@@ -307,7 +307,7 @@ impl Backend for Fake {
         &self,
         plan: &VmPlan,
         state: &Path,
-        cable: Option<OwnedFd>,
+        cable: Option<Cable>,
     ) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unrestorable(plan)?;

@@ -125,12 +125,44 @@ pub struct DiskPlan {
     pub read_only: bool,
 }
 
-/// A network device. What it is connected to is a descriptor, and so not part of the plan: see
-/// [`Backend::start`].
+/// A network device. What it is connected to is made for one run, and so not part of the plan: see
+/// [`Cable`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicPlan {
     /// The MAC address it has until the guest gives it another.
     pub mac: [u8; 6],
+}
+
+/// What a network device is connected to: a TAP device, whose frames begin with a
+/// `struct virtio_net_hdr`.
+#[derive(Debug)]
+pub enum Cable {
+    /// A descriptor of it. Whoever keeps another decides when it goes.
+    Descriptor(OwnedFd),
+    /// Its name in the network namespace of the calling thread. Nobody has it open, the VMM's user may
+    /// open it, and it stays when that ends (`TUNSETPERSIST`): whoever made it removes it.
+    Device(String),
+}
+
+impl Cable {
+    /// Its kind.
+    #[must_use]
+    pub fn kind(&self) -> CableKind {
+        match self {
+            Cable::Descriptor(_) => CableKind::Descriptor,
+            Cable::Device(_) => CableKind::Device,
+        }
+    }
+}
+
+/// The kind of [`Cable`] that a backend takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CableKind {
+    /// [`Cable::Descriptor`].
+    Descriptor,
+    /// [`Cable::Device`].
+    Device,
 }
 
 /// What a backend can do, as data, so that an impossible wish is refused while planning.
@@ -148,6 +180,8 @@ pub struct Capabilities {
     pub memory_mib_max: u32,
     /// Most disks.
     pub disks_max: usize,
+    /// What its network device is connected to; `None` if it can have none.
+    pub cable: Option<CableKind>,
 }
 
 /// Starts machines of one kind.
@@ -161,8 +195,8 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Starts a machine and returns when its process runs; the guest boots on.
     ///
-    /// `cable` is what the network device is connected to: a TAP device, whose frames begin with a
-    /// `struct virtio_net_hdr`. Whoever keeps another descriptor of it decides when it goes.
+    /// `cable` is what the network device is connected to, of the kind that
+    /// [`Capabilities::cable`] says.
     ///
     /// May be called any number of times, from the thread that will outlive the machine: the VMM
     /// is killed by the kernel when the *thread* that called this ends (prctl(2),
@@ -175,7 +209,7 @@ pub trait Backend: Debug + Send + Sync {
     /// capabilities, with a network device and no cable or the reverse, or with [`Memory::CopyOf`], which can only be restored; [`VmErrorKind::Host`],
     /// naming the file, if one of the plan's cannot be opened, or that of the memory cannot be made.
     /// What the VMM itself finds wrong after it was started is told by [`Vm::wait`].
-    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError>;
+    async fn start(&self, plan: &VmPlan, cable: Option<Cable>) -> Result<Box<dyn Vm>, VmError>;
 
     /// Starts a machine where another was at its [`Vm::snapshot`], and returns when its virtual
     /// CPUs run, whether the other's did or not. The plan is that of the other but for its name, its
@@ -196,7 +230,7 @@ pub trait Backend: Debug + Send + Sync {
         &self,
         plan: &VmPlan,
         state: &Path,
-        cable: Option<OwnedFd>,
+        cable: Option<Cable>,
     ) -> Result<Box<dyn Vm>, VmError>;
 }
 
@@ -368,7 +402,7 @@ where
 pub(crate) fn refuse_impossible(
     plan: &VmPlan,
     can: &Capabilities,
-    cable: Option<&OwnedFd>,
+    cable: Option<&Cable>,
 ) -> Result<(), VmError> {
     let name_ok = !plan.name.is_empty()
         && plan
@@ -392,6 +426,8 @@ pub(crate) fn refuse_impossible(
         )
     } else if plan.nic.is_some() != cable.is_some() {
         "its network device needs a cable, and a cable needs a network device".to_owned()
+    } else if cable.is_some_and(|cable| Some(cable.kind()) != can.cable) {
+        "its cable is not of the kind that this backend takes".to_owned()
     } else if !can.snapshot && plan.memory != Memory::Anonymous {
         "this backend cannot hold memory in files".to_owned()
     } else if plan.accel == Accel::Emulation && plan.tsc_khz.is_none() {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use smolvm_vmm::contract::{Guest, Subject, payload};
-use smolvm_vmm::{Accel, Backend, Devices, Memory, VmPlan};
+use smolvm_vmm::{Accel, Backend, Cable, Devices, Memory, VmPlan};
 
 mod fake {
     use super::*;
@@ -538,7 +538,10 @@ mod qemu_only {
         };
         let cable = std::fs::File::open("/dev/null").expect("a descriptor");
         contract::run(async {
-            for (plan, cable) in [(with, None), (without, Some(cable.into()))] {
+            for (plan, cable) in [
+                (with, None),
+                (without, Some(Cable::Descriptor(cable.into()))),
+            ] {
                 let error = Qemu.start(&plan, cable).await.expect_err("one of two");
                 assert_eq!(error.kind, VmErrorKind::Unsupported);
             }

@@ -17,6 +17,9 @@ const TUNSETIFF: Opcode = opcode::write::<c_int>(b'T', 202);
 /// `TUNSETPERSIST`, linux/if_tun.h.
 const TUNSETPERSIST: Opcode = opcode::write::<c_int>(b'T', 203);
 
+/// `TUNSETOWNER`, linux/if_tun.h.
+const TUNSETOWNER: Opcode = opcode::write::<c_int>(b'T', 204);
+
 /// `struct ifreq` of linux/if.h with `ifr_flags` of its union. The kernel copies all 40 bytes.
 #[repr(C)]
 struct InterfaceRequest {
@@ -54,6 +57,14 @@ pub(super) fn set_persistent(device: BorrowedFd<'_>, persistent: bool) -> io::Re
             IntegerSetter::<TUNSETPERSIST>::new_usize(usize::from(persistent)),
         )?;
     };
+    Ok(())
+}
+
+/// Says who may open the TAP device again, apart from those who may do anything with the network.
+pub(super) fn set_owner(device: BorrowedFd<'_>, user: u32) -> io::Result<()> {
+    let user = usize::try_from(user).map_err(io::Error::other)?;
+    // SAFETY: TUNSETOWNER takes its argument by value, whatever its number says of a pointer.
+    unsafe { ioctl(device, IntegerSetter::<TUNSETOWNER>::new_usize(user))? };
     Ok(())
 }
 

@@ -227,7 +227,7 @@ impl Tap {
         let os = os.clone();
         let made = std::thread::spawn(move || {
             super::enter_new_namespace(&os)?;
-            let name = TapName::for_sandbox("00000000000").expect("digits");
+            let name = detached_name();
             os.effect(
                 "create the network device",
                 Path::new("in a namespace of its own"),
@@ -236,6 +236,26 @@ impl Tap {
         });
         made.join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// The same in a new network namespace of the calling thread, for a process to open that this thread
+    /// starts: the device stays until the namespace goes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Tap::detached`].
+    pub fn detached_here(os: &Os, virtio_header: bool) -> Result<TapName, HostError> {
+        super::enter_new_namespace(os)?;
+        let name = detached_name();
+        os.effect(
+            "create the network device",
+            Path::new(name.as_str()),
+            || {
+                let fd = attach(name, virtio_header, libc::IFF_TUN_EXCL)?;
+                sys::set_persistent(fd.as_fd(), true)
+            },
+        )?;
+        Ok(name)
     }
 
     /// Opens a device that was [kept](Lifetime::Kept).
@@ -259,28 +279,32 @@ impl Tap {
         self.name
     }
 
-    /// Gives the guest's address free, so that another device can have it at once: the device itself
-    /// takes the kernel some 20 ms to remove, for which whoever closes its last descriptor waits.
-    /// Idempotent.
+    /// Gives the guest's address free, so that another device can have it at once: see
+    /// [`release_address`].
     ///
     /// # Errors
     ///
     /// Those of rtnetlink(7).
     pub fn release_address(&self, os: &Os, guest: Ipv4Addr) -> Result<(), HostError> {
-        let what = format!("{guest} at {}", self.name);
-        os.effect("remove the route to the guest", Path::new(&what), || {
-            let mut message = RouteMessage::default();
-            message.header = host_route();
-            message.attributes = vec![
-                RouteAttribute::Destination(RouteAddress::Inet(guest)),
-                RouteAttribute::Oif(index_of(self.name)?),
-            ];
-            let mut route = Netlink::open(NETLINK_ROUTE)?;
-            match ask(&mut route, [(RouteNetlinkMessage::DelRoute(message), 0)]) {
-                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-                other => other,
-            }
-        })
+        release_address(os, self.name, guest)
+    }
+
+    /// Closes the device, which is [kept](Lifetime::Kept) from now on, for a process of the user with this
+    /// number to open: nobody else can, but who may do anything with the network.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for a number that this user namespace does not know. The device goes then, unless it was
+    /// kept before.
+    pub fn leave_to(self, os: &Os, user: u32) -> Result<(), HostError> {
+        os.effect(
+            "pass on the network device",
+            Path::new(self.name.as_str()),
+            || {
+                sys::set_owner(self.fd.as_fd(), user)?;
+                sys::set_persistent(self.fd.as_fd(), true)
+            },
+        )
     }
 
     /// Lets a kept device go with its last descriptor after all.
@@ -307,6 +331,30 @@ impl From<Tap> for OwnedFd {
     fn from(tap: Tap) -> Self {
         tap.fd
     }
+}
+
+/// Gives the guest's address free, so that another device can have it at once: the device itself
+/// takes the kernel some 20 ms to remove, for which whoever closes its last descriptor waits.
+/// Idempotent.
+///
+/// # Errors
+///
+/// Those of rtnetlink(7).
+pub fn release_address(os: &Os, name: TapName, guest: Ipv4Addr) -> Result<(), HostError> {
+    let what = format!("{guest} at {name}");
+    os.effect("remove the route to the guest", Path::new(&what), || {
+        let mut message = RouteMessage::default();
+        message.header = host_route();
+        message.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::Inet(guest)),
+            RouteAttribute::Oif(index_of(name)?),
+        ];
+        let mut route = Netlink::open(NETLINK_ROUTE)?;
+        match ask(&mut route, [(RouteNetlinkMessage::DelRoute(message), 0)]) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    })
 }
 
 /// Deletes a device, and with it its address, route and neighbour. Idempotent. Holders of its
@@ -367,6 +415,11 @@ pub fn list(os: &Os, owner: &Owner) -> Result<Vec<TapName>, HostError> {
             Ok(ours.collect())
         },
     )
+}
+
+/// The name of a device that is alone in its network namespace.
+fn detached_name() -> TapName {
+    TapName::for_sandbox("00000000000").expect("digits")
 }
 
 fn attach(name: TapName, virtio_header: bool, flags: i32) -> io::Result<OwnedFd> {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use smolvm_engine::store::{NetworkMode, SandboxRow, State as Life};
 use smolvm_engine::{AccelChoice, Config, Engine, NetworkConfig, SandboxSpec};
 use smolvm_host::ProcessIdentity;
+use smolvm_host::net::tap::{Tap, TapName};
 use smolvm_host::os::Faults;
 use smolvm_vmm::{Accel, Devices, Memory, NicPlan, VmPlan};
 
@@ -211,8 +212,11 @@ fn start(home: &Home) -> Launch {
     }
 }
 
+/// The kinds of machine that a network is for.
+const KINDS: [CableKind; 2] = [CableKind::Descriptor, CableKind::Device];
+
 /// A network's whole life, as a keeper has it.
-fn life(os: &Os, home: &Home) -> Result<(), KeeperError> {
+fn life(os: &Os, home: &Home, kind: CableKind) -> Result<(), KeeperError> {
     let mut launch = start(home);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -221,7 +225,16 @@ fn life(os: &Os, home: &Home) -> Result<(), KeeperError> {
     runtime.block_on(async {
         let network = Network::set_up(os, &Arc::new(HostSide::here()), &mut launch).await?;
         let mut network = network.expect("a network");
-        drop(network.cable()?);
+        match network.cable(Some(kind))? {
+            Some(Cable::Device(name)) => {
+                let name = TapName::parse(&name).expect("a device's name");
+                // What a machine does, and one that is started in place of the first.
+                drop(Tap::open(&Os::new(), name, true).expect("nobody has it open"));
+                network.cable(Some(kind))?.expect("a cable");
+                drop(Tap::open(&Os::new(), name, true).expect("nobody has it open"));
+            }
+            cable => assert_eq!(cable.map(|cable| cable.kind()), Some(kind)),
+        }
         let told = Told(Arc::clone(&network.shared));
         let (address, hold) = (Ipv4Addr::new(192, 0, 2, 9), Duration::from_secs(60));
         told.resolved("example.com", &[(address, hold)])
@@ -276,20 +289,22 @@ impl Faults for Nth {
 fn whatever_step_fails_nothing_is_left_after_repair() {
     in_namespace("whatever_step_fails", || {
         let home = Home::new();
-        life(&Os::new(), &home).expect("a life");
+        life(&Os::new(), &home, CableKind::Descriptor).expect("a life");
         let before = picture();
-        for nth in 1.. {
-            let (os, faults) = Nth::os(nth, || io::Error::from_raw_os_error(libc_enospc()));
-            let outcome = life(&os, &home);
-            home.repair("after a failure");
-            same(&picture(), &before, &format!("after step {nth}"));
-            if faults.seen.load(Ordering::Relaxed) < nth {
-                outcome.expect("nothing failed");
-                assert!(nth > 12, "only {nth} steps");
-                break;
+        for kind in KINDS {
+            for nth in 1.. {
+                let (os, faults) = Nth::os(nth, || io::Error::from_raw_os_error(libc_enospc()));
+                let outcome = life(&os, &home, kind);
+                home.repair("after a failure");
+                same(&picture(), &before, &format!("{kind:?}, after step {nth}"));
+                if faults.seen.load(Ordering::Relaxed) < nth {
+                    outcome.expect("nothing failed");
+                    assert!(nth > 12, "only {nth} steps");
+                    break;
+                }
+                let told = faults.of_watch.load(Ordering::Relaxed);
+                assert!(outcome.is_err() || told, "{kind:?}, step {nth}");
             }
-            let told = faults.of_watch.load(Ordering::Relaxed);
-            assert!(outcome.is_err() || told, "step {nth}");
         }
     });
 }
@@ -302,6 +317,8 @@ fn libc_enospc() -> i32 {
 /// Set for a test that starts this program again: the step at which to be killed, and the directory.
 const KILL_AT: &str = "SMOLVM_TEST_KILL_AT";
 const KILL_IN: &str = "SMOLVM_TEST_KILL_IN";
+/// Which of [`KINDS`].
+const KILL_KIND: &str = "SMOLVM_TEST_KILL_KIND";
 
 /// What the process that is killed runs; as a test of its own it does nothing.
 #[test]
@@ -319,7 +336,9 @@ fn victim() {
         dir: dir.into(),
         _own: None,
     };
-    life(&os, &home).expect("a life");
+    let kind = std::env::var(KILL_KIND).expect("a kind");
+    let kind = KINDS.into_iter().find(|known| format!("{known:?}") == kind);
+    life(&os, &home, kind.expect("a kind")).expect("a life");
 }
 
 fn this_program(words: &mut Command) -> &mut Command {
@@ -330,22 +349,26 @@ fn this_program(words: &mut Command) -> &mut Command {
 fn whenever_it_is_killed_nothing_is_left_after_repair() {
     in_namespace("whenever_it_is_killed", || {
         let home = Home::new();
-        life(&Os::new(), &home).expect("a life");
+        life(&Os::new(), &home, CableKind::Descriptor).expect("a life");
         let before = picture();
-        for nth in 1.. {
-            let mut command = Command::new(std::env::current_exe().expect("this program"));
-            let output = this_program(&mut command)
-                .env(KILL_AT, nth.to_string())
-                .env(KILL_IN, &home.dir)
-                .output()
-                .expect("started");
-            home.repair("after a kill");
-            same(&picture(), &before, &format!("killed before step {nth}"));
-            if output.status.success() {
-                assert!(nth > 12, "only {nth} steps");
-                break;
+        for kind in KINDS.map(|kind| format!("{kind:?}")) {
+            for nth in 1.. {
+                let mut command = Command::new(std::env::current_exe().expect("this program"));
+                let output = this_program(&mut command)
+                    .env(KILL_AT, nth.to_string())
+                    .env(KILL_IN, &home.dir)
+                    .env(KILL_KIND, &kind)
+                    .output()
+                    .expect("started");
+                home.repair("after a kill");
+                let what = format!("{kind}, killed before step {nth}");
+                same(&picture(), &before, &what);
+                if output.status.success() {
+                    assert!(nth > 12, "only {nth} steps");
+                    break;
+                }
+                assert_eq!(output.status.signal(), Some(9), "{what}: {output:?}");
             }
-            assert_eq!(output.status.signal(), Some(9), "step {nth}: {output:?}");
         }
     });
 }
@@ -356,7 +379,7 @@ fn each_change_is_one_transaction_and_starts_no_process() {
     in_namespace("each_change_is_one_transaction", || {
         let home = Home::new();
         // The table is there.
-        life(&Os::new(), &home).expect("a life");
+        life(&Os::new(), &home, CableKind::Descriptor).expect("a life");
         let owner = smolvm_host::net::tap::Owner::new("test").expect("an owner");
         let firewall = Firewall::new(Os::new(), owner);
         let before = firewall.generation().expect("a number");
@@ -369,6 +392,7 @@ fn each_change_is_one_transaction_and_starts_no_process() {
         let traced = this_program(&mut command)
             .env(KILL_AT, "1000000")
             .env(KILL_IN, &home.dir)
+            .env(KILL_KIND, format!("{:?}", CableKind::Descriptor))
             .output()
             .expect("strace: scripts/host-packages --tests");
         assert!(traced.status.success(), "{traced:?}");
@@ -406,7 +430,7 @@ fn an_address_that_is_somebody_elses_is_not_taken() {
         runtime.block_on(async {
             let network =
                 Network::set_up(&Os::new(), &Arc::new(HostSide::here()), &mut launch).await;
-            let network = network.expect("set up").expect("a network");
+            let mut network = network.expect("set up").expect("a network");
             let second = launch.network.as_ref().expect("a network").address;
             assert_ne!(first, second);
             assert_eq!(network.told().address, second.octets().into());
@@ -434,7 +458,7 @@ fn a_flushed_firewall_is_made_anew() {
         runtime.block_on(async {
             let network =
                 Network::set_up(&Os::new(), &Arc::new(HostSide::here()), &mut launch).await;
-            let network = network.expect("set up").expect("a network");
+            let mut network = network.expect("set up").expect("a network");
             let told = Told(Arc::clone(&network.shared));
             let (address, hold) = (Ipv4Addr::new(192, 0, 2, 9), Duration::from_secs(600));
             told.resolved("example.com", &[(address, hold)])

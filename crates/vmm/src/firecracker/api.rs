@@ -5,7 +5,7 @@
 //! costs some 50 us, and one that was given up half-way takes nothing of the next request with it.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -85,6 +85,16 @@ pub(super) struct MemoryBackend {
 pub(super) struct NetworkOverride {
     pub(super) iface_id: &'static str,
     pub(super) host_dev_name: String,
+}
+
+impl NetworkOverride {
+    /// The machine's one network device is connected to this device of the host.
+    pub(super) fn to(host_dev_name: String) -> Self {
+        Self {
+            iface_id: super::config::NIC,
+            host_dev_name,
+        }
+    }
 }
 
 /// How a refusal is told.
@@ -235,17 +245,6 @@ fn broken(error: io::Error) -> ApiError {
         | io::ErrorKind::UnexpectedEof => ApiError::Closed,
         _ => ApiError::Host(error),
     }
-}
-
-/// A path at which the VMM finds a file that this process has open: that of another process's
-/// descriptor (proc(5), `/proc/pid/fd`). Once that is closed nothing is there, so a VMM that comes too
-/// late to a file that was given up does not make it again.
-pub(super) fn path_of(file: &impl AsRawFd) -> PathBuf {
-    PathBuf::from(format!(
-        "/proc/{}/fd/{}",
-        std::process::id(),
-        file.as_raw_fd()
-    ))
 }
 
 #[cfg(test)]

@@ -31,16 +31,18 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use rustix::fs::MemfdFlags;
 
-use self::api::{Api, ApiError, CreateSnapshot, LoadSnapshot, MemoryBackend, VmState};
+use self::api::{
+    Api, ApiError, CreateSnapshot, LoadSnapshot, MemoryBackend, NetworkOverride, VmState,
+};
 use self::run::Directory;
 use crate::memory::dig_holes;
 use crate::process::{Process, Surroundings};
 use crate::shape::Shape;
 use crate::{
-    Accel, Backend, CONTROL_TIMEOUT, Capabilities, Channel, Door, Exit, Memory, NewFile, Vm,
-    VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program, new_memory, new_memory_at,
-    open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unsavable,
-    refuse_unstartable, spawn_error,
+    Accel, Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, Door, Exit, Memory,
+    NewFile, Vm, VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program, new_memory,
+    new_memory_at, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
+    refuse_unsavable, refuse_unstartable, spawn_error,
 };
 
 /// The program.
@@ -61,6 +63,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     memory_mib_min: 64,
     memory_mib_max: 512 * 1024,
     disks_max: 12,
+    cable: Some(CableKind::Device),
 };
 
 /// Memory that is sure to be written to a file in a second, by which a snapshot is given more time than
@@ -130,13 +133,13 @@ impl Backend for Firecracker {
         CAPABILITIES
     }
 
-    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError> {
+    async fn start(&self, plan: &VmPlan, cable: Option<Cable>) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_emulation(plan)?;
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
         let memory = new_memory(plan)?;
-        let vm = Start::Boot.launch(plan, cable)?;
+        let vm = Start::Boot.launch(plan, device(cable).as_deref())?;
         if let Some(memory) = memory {
             memory.keep();
         }
@@ -147,7 +150,7 @@ impl Backend for Firecracker {
         &self,
         plan: &VmPlan,
         state: &Path,
-        cable: Option<OwnedFd>,
+        cable: Option<Cable>,
     ) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_emulation(plan)?;
@@ -162,6 +165,7 @@ impl Backend for Firecracker {
             let error = io::Error::other("no descriptor is left");
             return Err(host("restore", plan, error));
         };
+        let cable = device(cable);
         // The VMM inherits both, and finds them there.
         let inherited = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let request = LoadSnapshot {
@@ -171,9 +175,9 @@ impl Backend for Firecracker {
                 backend_path: inherited(&base),
             },
             resume_vm: true,
-            network_overrides: Vec::new(),
+            network_overrides: cable.map(NetworkOverride::to).into_iter().collect(),
         };
-        let mut vm = Start::Restore(vec![own, base]).launch(plan, cable)?;
+        let mut vm = Start::Restore(vec![own, base]).launch(plan, None)?;
         // Whatever goes wrong, dropping the machine kills and reaps it.
         vm.request(
             "restore",
@@ -184,6 +188,14 @@ impl Backend for Firecracker {
         )
         .await?;
         Ok(Box::new(vm))
+    }
+}
+
+/// The device of the host that a cable is: of the one kind that is not refused.
+fn device(cable: Option<Cable>) -> Option<String> {
+    match cable? {
+        Cable::Device(name) => Some(name),
+        Cable::Descriptor(_) => None,
     }
 }
 
@@ -208,15 +220,8 @@ enum Start {
 
 impl Start {
     /// Starts the process. Awaits nothing, so there is no half-started machine to lose.
-    fn launch(self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<FirecrackerVm, VmError> {
+    fn launch(self, plan: &VmPlan, cable: Option<&str>) -> Result<FirecrackerVm, VmError> {
         let host = |error| host("start", plan, error);
-        if cable.is_some() {
-            return Err(VmError::new(
-                VmErrorKind::Unsupported,
-                doing("start", &plan.name),
-                "a network device cannot be given to Firecracker yet",
-            ));
-        }
         let directory = Directory::new(&plan.directory).map_err(host)?;
         directory.link_disks(&plan.disks).map_err(host)?;
         let door = directory.listen(config::AGENT_PORT).map_err(host)?;
@@ -225,7 +230,7 @@ impl Start {
         let (inherited, config) = match self {
             Start::Restore(inherited) => (inherited, None),
             Start::Boot => {
-                let file = config_file(plan).map_err(host)?;
+                let file = config_file(plan, cable).map_err(host)?;
                 let path = format!("/proc/self/fd/{}", file.as_raw_fd());
                 (vec![file], Some(path))
             }
@@ -247,14 +252,14 @@ impl Start {
             channel: Some(Channel::Door(Door::new(door, ended).map_err(host)?)),
             console: Some(console.serve().map_err(host)?),
             motion: Motion::Runs,
-            _directory: directory,
+            directory,
         })
     }
 }
 
 /// The description of a machine, in a file that only the VMM has.
-fn config_file(plan: &VmPlan) -> io::Result<OwnedFd> {
-    let config = config::config(plan, None)
+fn config_file(plan: &VmPlan, cable: Option<&str>) -> io::Result<OwnedFd> {
+    let config = config::config(plan, cable)
         .ok_or_else(|| io::Error::other("the path of its kernel or initrd is not UTF-8"))?;
     let mut file = File::from(rustix::fs::memfd_create("machine", MemfdFlags::CLOEXEC)?);
     file.write_all(&serde_json::to_vec(&config)?)?;
@@ -295,7 +300,7 @@ struct FirecrackerVm {
     channel: Option<Channel>,
     console: Option<UnixStream>,
     motion: Motion,
-    _directory: Directory,
+    directory: Directory,
 }
 
 #[async_trait]
@@ -352,15 +357,17 @@ impl Vm for FirecrackerVm {
         if let Some(exit) = self.process.exit() {
             return Err(VmError::exited(doing(VERB, &self.plan.name), exit));
         }
+        let state_path = state;
         let (mut state, new_state) = NewFile::create(state)?;
-        let (memory, new_memory) = match (memory, &self.plan.memory) {
+        let (memory_path, memory, new_memory) = match (memory, &self.plan.memory) {
             (Some(path), _) => {
                 let (file, new) = new_memory_at(path, &self.plan)?;
-                (file, Some(new))
+                (path, file, Some(new))
             }
             (None, Memory::File(path)) => {
                 let file = File::options().write(true).open(path);
-                (file.map_err(|error| self.host(VERB, error))?, None)
+                let file = file.map_err(|error| self.host(VERB, error))?;
+                (path.as_path(), file, None)
             }
             (None, Memory::Anonymous | Memory::CopyOf(_)) => unreachable!("refused above"),
         };
@@ -371,19 +378,24 @@ impl Vm for FirecrackerVm {
                 .map_err(|error| self.host(VERB, error))?;
             self.motion = Motion::Runs;
         }
+        let lend = |path, name| self.directory.lend(path, name);
+        let lent_state = lend(state_path, "new.state").map_err(|error| self.host(VERB, error))?;
+        let lent_memory =
+            lend(memory_path, "new.memory").map_err(|error| self.host(VERB, error))?;
         let still = Instant::now();
         self.request(VERB, "PATCH", "/vm", &VmState::Paused, CONTROL_TIMEOUT)
             .await?;
         self.motion = Motion::Paused;
         let request = CreateSnapshot {
             snapshot_type: "Full",
-            snapshot_path: api::path_of(&state),
-            mem_file_path: api::path_of(&memory),
+            snapshot_path: lent_state.name(),
+            mem_file_path: lent_memory.name(),
         };
         let seconds = u64::from(self.plan.memory_mib / MIB_PER_SECOND);
         let limit = CONTROL_TIMEOUT + Duration::from_secs(seconds);
         self.request(VERB, "PUT", "/snapshot/create", &request, limit)
             .await?;
+        drop((lent_state, lent_memory));
         Shape::of(NAME, &self.plan)
             .append(&mut state)
             .map_err(|error| self.host(VERB, error))?;

@@ -62,6 +62,14 @@ impl Directory {
         Ok(())
     }
 
+    /// Gives a file a name in it, by which the VMM can open it: another link to the same file, so both are
+    /// to be on one file system.
+    pub(super) fn lend(&self, file: &Path, name: &'static str) -> io::Result<Lent> {
+        let lent = self.path.join(name);
+        std::fs::hard_link(file, &lent)?;
+        Ok(Lent { path: lent, name })
+    }
+
     /// Listens where the guest's connections to `port` of its host arrive.
     pub(super) fn listen(&self, port: u32) -> io::Result<UnixListener> {
         UnixListener::bind(self.short(&format!("{VSOCK}_{port}")))
@@ -72,6 +80,28 @@ impl Drop for Directory {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "could not remove a directory");
+        }
+    }
+}
+
+/// A file's name in the directory, which goes when this is dropped.
+#[derive(Debug)]
+pub(super) struct Lent {
+    path: PathBuf,
+    name: &'static str,
+}
+
+impl Lent {
+    /// The name.
+    pub(super) fn name(&self) -> PathBuf {
+        self.name.into()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "could not remove a name of a file");
         }
     }
 }
@@ -111,6 +141,11 @@ mod tests {
         directory.link_disks(&[plan]).expect("a link");
         let read = std::fs::read(path.join("disk0")).expect("a link to the disk");
         assert_eq!(read, b"data");
+        let lent = directory.lend(&disk, "other").expect("a link");
+        std::fs::write(path.join(lent.name()), "more").expect("written");
+        assert_eq!(std::fs::read(&disk).expect("there"), b"more");
+        drop(lent);
+        assert!(!path.join("other").exists());
         drop(directory);
         assert!(!path.exists());
         assert!(disk.exists(), "only the link goes");

@@ -23,10 +23,10 @@ use crate::memory::{Mapped, copy_data};
 use crate::process::{Process, Surroundings};
 use crate::shape::Shape;
 use crate::{
-    Backend, CONTROL_TIMEOUT, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError,
-    VmErrorKind, VmPlan, above_stdio, doing, find_program, memory_bytes, new_memory, new_memory_at,
-    open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unsavable,
-    refuse_unstartable, spawn_error,
+    Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, Exit, Memory, NewFile, Vm,
+    VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program, memory_bytes, new_memory,
+    new_memory_at, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
+    refuse_unsavable, refuse_unstartable, spawn_error,
 };
 
 /// The program that emulates this host's architecture.
@@ -50,6 +50,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     memory_mib_min: 64,
     memory_mib_max: 512 * 1024,
     disks_max: 16,
+    cable: Some(CableKind::Descriptor),
 };
 
 /// Finds [`PROGRAM`] in a list of directories, such as that of `PATH`. The first one wins.
@@ -104,7 +105,7 @@ impl Backend for Qemu {
         CAPABILITIES
     }
 
-    async fn start(&self, plan: &VmPlan, cable: Option<OwnedFd>) -> Result<Box<dyn Vm>, VmError> {
+    async fn start(&self, plan: &VmPlan, cable: Option<Cable>) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         refuse_unstartable(plan)?;
         refuse_unreadable(plan)?;
@@ -124,7 +125,7 @@ impl Backend for Qemu {
         &self,
         plan: &VmPlan,
         state: &Path,
-        cable: Option<OwnedFd>,
+        cable: Option<Cable>,
     ) -> Result<Box<dyn Vm>, VmError> {
         refuse_impossible(plan, &CAPABILITIES, cable.as_ref())?;
         let base = refuse_unrestorable(plan)?;
@@ -149,12 +150,16 @@ impl Backend for Qemu {
 /// Starts the process. Awaits nothing, so there is no half-started machine to lose.
 ///
 /// `base` is the file that the guest's memory is, or is a copy of.
-fn launch(plan: &VmPlan, base: Option<File>, cable: Option<OwnedFd>) -> Result<QemuVm, VmError> {
+fn launch(plan: &VmPlan, base: Option<File>, cable: Option<Cable>) -> Result<QemuVm, VmError> {
     let host = |error| VmError::new(VmErrorKind::Host, doing("start", &plan.name), error);
     let (agent, agent_there) = UnixStream::pair().map_err(host)?;
     let (console, console_there) = UnixStream::pair().map_err(host)?;
     let (monitor, monitor_there) = UnixStream::pair().map_err(host)?;
     let sockets = [agent_there, console_there, monitor_there].map(OwnedFd::from);
+    let cable = cable.and_then(|cable| match cable {
+        Cable::Descriptor(device) => Some(device),
+        Cable::Device(_) => None,
+    });
     let inherited = sockets
         .into_iter()
         .chain(cable)
