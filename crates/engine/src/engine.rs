@@ -724,7 +724,11 @@ impl Engine {
                 // Another process was faster; see what it made of it.
                 continue;
             }
-            let (session, mut warnings) = match self.realize(&mut store, &row, beginning) {
+            let Realized {
+                session,
+                keeper,
+                mut warnings,
+            } = match self.realize(&mut store, &row, beginning) {
                 Ok(realized) => realized,
                 Err(error) => {
                     // It says more than that this could not be done as well, which the next start or
@@ -747,7 +751,10 @@ impl Engine {
             let spawn = begun.elapsed();
             let ready = match session.wait_ready().await {
                 Ok(ready) => ready,
-                Err(error) => return Err(self.why_not_started(&store, &row, error)),
+                Err(error) => {
+                    self.record_early_death(&mut store, &row, keeper).await;
+                    return Err(self.why_not_started(&store, &row, error));
+                }
             };
             if let Some(reason) = ready.booted_because {
                 warnings.push(format!(
@@ -764,6 +771,35 @@ impl Engine {
                 warnings,
             };
             return Ok((session, times));
+        }
+    }
+
+    /// Records that the sandbox is off, if its keeper was killed before it had put itself into the row.
+    /// Until then the row names this process, by which the sandbox would look alive.
+    async fn record_early_death(&self, store: &mut Store, row: &SandboxRow, keeper: OwnedFd) {
+        let recorded = async {
+            let starts = |now: &SandboxRow| now.state == State::Starting;
+            let now = store.sandbox(&row.id)?.filter(starts);
+            if now.and_then(|now| now.holder) != Some(myself()?) {
+                return Ok(());
+            }
+            let ended = blocking(move || {
+                wait_for_any(
+                    &mut [PollFd::new(&keeper, PollFlags::IN)],
+                    Some(KEEPER_PATIENCE),
+                )
+            });
+            if ended.await? {
+                network::release(self.os(), self.layout(), store, &row.id)?;
+                let (from, to) = (&[State::Starting], State::Error);
+                let reason = Some(teardown::KEEPER_ENDED);
+                store.transition(&row.id, from, to, reason, Timestamp::now())?;
+            }
+            Ok::<_, Error>(())
+        };
+        // Why it did not start says more; the next repair does it.
+        if let Err(error) = recorded.await {
+            tracing::warn!(%error, "could not record that a sandbox is off");
         }
     }
 
@@ -785,14 +821,13 @@ impl Engine {
         }
     }
 
-    /// Carries a start out, step by step, up to the keeper that takes over. Also says what the caller
-    /// should know.
+    /// Carries a start out, step by step, up to the keeper that takes over.
     fn realize(
         &self,
         store: &mut Store,
         row: &SandboxRow,
         beginning: &Beginning<'_>,
-    ) -> Result<(Session, Vec<String>)> {
+    ) -> Result<Realized> {
         let mut warnings = Vec::new();
         let dir = self.layout().sandbox(&row.id);
         // A maker that was killed between the row and the directory leaves a row without one.
@@ -843,6 +878,9 @@ impl Engine {
                 or_boot: false,
             });
             source = Some(snapshot.files.disk());
+            // Ephemeral until it is born: see `Engine::start_copy`.
+            plan.ephemeral = false;
+            plan.starter = None;
         } else if fresh && !beginning.plain && self.why_no_template(row).is_none() {
             match templates::obtain(&self.assets(), &self.config().keeper, row, &plan, None) {
                 Ok((template, _)) => {
@@ -909,9 +947,13 @@ impl Engine {
             .effect("listen on the sandbox's socket", &dir.socket(), || {
                 launch::listen(&dir)
             })?;
-        launch::spawn(&self.config().keeper, &dir, listener, lock, log)?;
+        // Before there is a keeper that could end: then this connection ends too, and is not refused.
         let session = Session::connect(row.spec.name.as_str(), dir.path())?;
-        Ok((session, warnings))
+        Ok(Realized {
+            keeper: launch::spawn(&self.config().keeper, &dir, listener, lock, log)?,
+            session,
+            warnings,
+        })
     }
 
     /// Why no machine that was booted ahead may stand in for a boot, if so.
@@ -1190,6 +1232,15 @@ pub(crate) struct Beginning<'a> {
     pub(crate) plain: bool,
     /// For a member of a pool, what it is to have run.
     pub(crate) park: Option<Vec<WarmCommand>>,
+}
+
+/// A start that was handed over to a keeper.
+struct Realized {
+    session: Session,
+    /// Becomes readable when the keeper ends.
+    keeper: OwnedFd,
+    /// What the caller should know.
+    warnings: Vec<String>,
 }
 
 /// Most time a keeper may take to switch its machine off and remove it.

@@ -173,13 +173,14 @@ pub(crate) fn try_network(keeper: &Path) -> Result<()> {
 
 /// Starts a keeper. It inherits the listening socket as standard input, the sandbox's lock as
 /// standard output and its log as standard error: no descriptor has to be smuggled past exec.
+/// Returns a descriptor that becomes readable when it ends.
 pub(crate) fn spawn(
     keeper: &Path,
     dir: &SandboxDir,
     listener: UnixListener,
     lock: Lock,
     log: File,
-) -> Result<()> {
+) -> Result<OwnedFd> {
     let mut child = Command::new(keeper)
         .arg(dir.launch_file())
         .env_clear()
@@ -199,11 +200,15 @@ pub(crate) fn spawn(
                 failure
             }
         })?;
+    // Before anybody waits for it: until then the number is its own, pidfd_open(2).
+    let pid = rustix::process::Pid::from_child(&child);
+    let end = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+        .map_err(|error| io("could not watch the keeper", error.into()))?;
     // The keeper outlives most callers. A caller that lives longer must not collect zombies, and
     // this thread costs less than asking a second process to be the parent.
     let _ = std::thread::Builder::new()
         .name("keeper-wait".to_owned())
         .stack_size(64 * 1024)
         .spawn(move || child.wait());
-    Ok(())
+    Ok(end)
 }

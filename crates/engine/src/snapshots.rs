@@ -524,7 +524,8 @@ impl Engine {
     // ---- what all of them do ----
 
     /// Makes a sandbox as a snapshot's row says and starts it from the files. Nothing remains of
-    /// one that does not start.
+    /// one that does not start: until it is born, when its keeper records that it is to stay, its row
+    /// is that of an ephemeral sandbox, which goes with the processes that make it.
     async fn start_copy(
         &self,
         store: &mut Store,
@@ -545,6 +546,7 @@ impl Engine {
             network: row.network.clone(),
             ssh: row.ssh.clone(),
             ttl: saved.description.ttl_ms.map(Duration::from_millis),
+            ephemeral: true,
             ..SandboxSpec::new(name.clone())
         };
         self.insert(
@@ -569,7 +571,9 @@ impl Engine {
             Err(error) => {
                 // Without its memory it is not what was asked for. Why it failed says more than that
                 // it could not be removed as well.
-                if let Err(left) = self.delete(name.as_str()).await {
+                if let Err(left) = self.delete(name.as_str()).await
+                    && left.kind() != ErrorKind::NotFound
+                {
                     tracing::warn!(%left, "could not remove a sandbox that did not start");
                 }
                 Err(error)

@@ -15,6 +15,9 @@ use crate::store::{SandboxRow, State, Store};
 /// Most time a killed process may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Why a sandbox is off whose keeper was killed.
+pub(crate) const KEEPER_ENDED: &str = "its keeper ended without a word; the files are as they were";
+
 /// Removes everything a sandbox owns, and its row last. Idempotent. Its machine has to be off, or
 /// the caller is its keeper and has just killed it.
 ///
@@ -96,9 +99,8 @@ pub(crate) fn judge(row: &SandboxRow, holder_alive: bool, locked: bool) -> Verdi
         State::Deleting => Verdict::Remove,
         // A member of a pool that nobody can claim any more.
         _ if row.pool.is_some() => Verdict::Remove,
-        state if row.spec.ephemeral && (state.is_held() || state == State::Created) => {
-            Verdict::Remove
-        }
+        // Whoever made it is gone; and a copy that was never born has lost what it was to go on with.
+        _ if row.spec.ephemeral => Verdict::Remove,
         state if state.is_held() => Verdict::Dead,
         State::Created
         | State::Stopped
@@ -208,13 +210,12 @@ pub(crate) fn reconcile_row(
         Verdict::Dead => {
             end_vmm(row)?;
             network::release(os, layout, store, &row.id)?;
-            let reason = "its keeper ended without a word; the files are as they were";
             store
                 .transition(
                     &row.id,
                     &[row.state],
                     State::Error,
-                    Some(reason),
+                    Some(KEEPER_ENDED),
                     Timestamp::now(),
                 )
                 .map_err(|error| unrecorded(layout, &called(row), "is off", error))
@@ -343,7 +344,7 @@ mod tests {
         }
         it.pool = None;
         it.spec.ephemeral = true;
-        for state in [State::Created, State::Starting, State::Running] {
+        for state in State::ALL {
             it.state = state;
             assert_eq!(
                 judge(&it, false, false),

@@ -634,13 +634,7 @@ impl Driver {
 
     /// The guest is itself.
     fn born(&mut self) -> Option<End> {
-        let recorded = self.store.transition(
-            &self.launch.id,
-            &[State::Starting],
-            State::Running,
-            None,
-            Timestamp::now(),
-        );
+        let recorded = self.store.set_born(&self.launch.id, self.launch.ephemeral);
         match recorded {
             Ok(true) => {}
             Ok(false) => return broken(KeeperError::Declared.to_string()),
@@ -1011,7 +1005,11 @@ impl Driver {
         let member = matches!(self.phase, Phase::Warming { .. } | Phase::Parked(_));
         // One that did not become a sandbox was nobody's yet.
         let member = member || self.claiming.is_some();
-        self.launch.ephemeral || member || matches!(end, End::Destroy { .. })
+        // Without its memory it is not what was asked for.
+        let restore = self.launch.restore.as_ref();
+        let unborn = matches!(self.phase, Phase::Booting { .. })
+            && restore.is_some_and(|restore| !restore.or_boot);
+        self.launch.ephemeral || member || unborn || matches!(end, End::Destroy { .. })
     }
 
     /// Kills the machine, and answers those who asked for the sandbox's removal as soon as it can no

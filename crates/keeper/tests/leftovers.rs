@@ -2,9 +2,12 @@
 
 mod support;
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use smolvm_engine::{ErrorKind, State};
+use smolvm_engine::store::Store;
+use smolvm_engine::{Config, Engine, ErrorKind, State};
+use smolvm_host::ProcessIdentity;
 use support::{Home, output, spec};
 
 /// The paths that a prune names.
@@ -85,7 +88,7 @@ async fn a_machine_without_its_directory_is_out_of_reach_and_says_so() {
     engine.start("a").await.expect("started");
     let info = engine.info("a").expect("a row");
     let keeper = i32::try_from(info.keeper_pid.expect("a keeper")).expect("a number");
-    let keeper = smolvm_host::ProcessIdentity::of(keeper).expect("/proc");
+    let keeper = ProcessIdentity::of(keeper).expect("/proc");
     let keeper = keeper.expect("a keeper that runs");
     std::fs::remove_dir_all(home.layout().sandbox(&info.id).path()).expect("removed");
     let shown = &engine.list().expect("a list")[0];
@@ -100,4 +103,134 @@ async fn a_machine_without_its_directory_is_out_of_reach_and_says_so() {
     engine.delete("a").await.expect("deleted");
     assert!(!keeper.is_alive().expect("/proc"), "its keeper lives on");
     home.assert_clean("after a directory was removed");
+}
+
+/// An engine whose keepers do this.
+fn with_keeper(home: &Home, script: &str) -> Engine {
+    let keeper = home.path("bin/another-keeper");
+    std::fs::write(&keeper, format!("#!/bin/sh\n{script}\n")).expect("a script");
+    std::fs::set_permissions(&keeper, PermissionsExt::from_mode(0o755)).expect("a mode");
+    Engine::new(Config {
+        keeper,
+        ..home.config()
+    })
+}
+
+/// Nothing is left of children whose keepers were killed, however early.
+#[tokio::test]
+async fn a_child_whose_keeper_was_killed_is_gone() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    let killed = with_keeper(&home, "kill -9 $$");
+    let fork = killed.fork("a", 5, None).await.expect("outcomes");
+    assert_eq!(fork.children.len(), 5);
+    for child in fork.children {
+        child.result.expect_err("its keeper was killed");
+    }
+    let names: Vec<_> = engine.list().expect("a list");
+    let names: Vec<_> = names.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["a"]);
+    // One that is no copy stays, and can be started.
+    killed.create(&spec("b")).expect("created");
+    killed.start("b").await.expect_err("its keeper was killed");
+    let info = engine.info("b").expect("a row");
+    assert_eq!(info.state, State::Error);
+    assert!(info.reason.expect("a reason").contains("its keeper ended"));
+    engine.start("b").await.expect("started");
+    for name in ["a", "b"] {
+        engine.delete(name).await.expect("deleted");
+    }
+    home.assert_clean("after a fork without keepers");
+}
+
+/// Of a copy whose maker was killed before its birth nothing is left for the next command to show.
+#[tokio::test]
+async fn a_copy_whose_maker_was_killed_before_its_birth_is_gone() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    engine.snapshot("a", Some("s")).await.expect("a snapshot");
+    engine.delete("a").await.expect("deleted");
+
+    let hung = with_keeper(&home, "mkfifo \"$1.wait\"; read line < \"$1.wait\"");
+    let name = "b".parse().expect("a name");
+    let restoring = tokio::spawn({
+        let hung = hung.clone();
+        async move { hung.restore("s", &name).await.map(drop) }
+    });
+    let mut store = Store::open(&home.layout().database()).expect("a store");
+    let launch = async {
+        loop {
+            if let Some(row) = store.sandbox_named("b").expect("read") {
+                let file = home.layout().sandbox(&row.id).launch_file();
+                let keepers = smolvm_host::process::with_argument(file.as_os_str());
+                if let [keeper] = keepers.expect("/proc").as_slice() {
+                    return (row, *keeper);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let launched = tokio::time::timeout(Duration::from_secs(30), launch).await;
+    let (row, keeper) = launched.expect("a keeper");
+    assert_eq!(engine.info("b").expect("a row").state, State::Starting);
+    restoring.abort();
+    let _ = restoring.await;
+    // As if this process were another, which is dead.
+    let mut dead = std::process::Command::new("true").spawn().expect("true");
+    let of = ProcessIdentity {
+        pid: i32::try_from(dead.id()).expect("a number"),
+        ..row.holder.clone().expect("this process")
+    };
+    dead.wait().expect("ended");
+    let again = store.begin_start(&row.id, &[State::Starting], &of, row.created_at);
+    assert!(again.expect("written"));
+    assert_eq!(engine.info("b").expect("held").state, State::Starting);
+    let keeper = i32::try_from(keeper).expect("a number");
+    let keeper = ProcessIdentity::of(keeper)
+        .expect("/proc")
+        .expect("it hangs");
+    let end = keeper.kill_and_wait(Duration::from_secs(10));
+    end.expect("killed");
+    assert_eq!(engine.list().expect("a list"), []);
+
+    // One that was born stays whatever becomes of its keeper.
+    let name = "b".parse().expect("a name");
+    engine.restore("s", &name).await.expect("the name is free");
+    let info = engine.info("b").expect("a row");
+    assert!(!info.ephemeral);
+    let keeper = i32::try_from(info.keeper_pid.expect("a keeper")).expect("a number");
+    let keeper = ProcessIdentity::of(keeper).expect("/proc").expect("alive");
+    let end = keeper.kill_and_wait(Duration::from_secs(10));
+    end.expect("killed");
+    assert_eq!(engine.info("b").expect("a row").state, State::Error);
+    engine.delete("b").await.expect("deleted");
+    engine.remove_snapshot("s").expect("removed");
+    home.assert_clean("after a restore whose maker was killed");
+}
+
+/// A copy whose guest does not come up goes, and says why.
+#[tokio::test]
+async fn a_copy_that_does_not_come_up_says_why_and_is_gone() {
+    let home = Home::new();
+    let engine = Engine::new(Config {
+        boot_timeout: Duration::from_millis(300),
+        ..home.config()
+    });
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    engine.snapshot("a", Some("s")).await.expect("a snapshot");
+    // Its agent does not answer to its birth.
+    let name = "b-deaf".parse().expect("a name");
+    let error = engine.restore("s", &name).await.expect_err("deaf");
+    assert_eq!(error.kind(), ErrorKind::GuestFailed, "{error:?}");
+    assert!(error.in_one_line().contains("not ready after"), "{error:?}");
+    let error = engine.info("b-deaf").expect_err("gone");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    engine.delete("a").await.expect("deleted");
+    engine.remove_snapshot("s").expect("removed");
+    home.assert_clean("after a copy that was deaf");
 }

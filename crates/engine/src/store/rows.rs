@@ -475,6 +475,20 @@ impl Store {
         .map_err(|error| sql(format!("could not record that sandbox {id} is {to}"), error))
     }
 
+    /// Moves a sandbox that is `starting` to `running`, and settles whether it is destroyed as soon as it
+    /// stops. Says whether it did.
+    pub fn set_born(&mut self, id: &str, ephemeral: bool) -> Result<bool> {
+        let text = "UPDATE sandboxes SET state = 'running', reason = NULL, paused_ms = NULL, \
+                    ephemeral = ?2 WHERE id = ?1 AND state = 'starting'";
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached(text)?
+                .execute(params![id, ephemeral])
+        })
+        .map(|changed| changed == 1)
+        .map_err(|error| sql(format!("could not record that sandbox {id} runs"), error))
+    }
+
     /// Records the processes of a sandbox that is `starting`. Says whether it still is: if not,
     /// somebody has declared it dead, and the processes are to end.
     pub fn set_processes(
