@@ -366,6 +366,19 @@ pub(crate) fn unknown_image(name: &str) -> Error {
     ))
 }
 
+/// The root file system of an image whose files somebody removed.
+pub(crate) fn lost_image(name: &str, root: &Path) -> Error {
+    Error::new(
+        ErrorKind::MissingDependency,
+        format!("the root file system of image `{name}` is not there: {}", root.display()),
+    )
+    .because("somebody removed it from the data directory")
+    .hint(format!(
+        "put it back from a copy, or `smolvm image rm {name}` and then pull, load or build what has the \
+         same digest; without it neither its sandboxes nor its snapshots can start"
+    ))
+}
+
 /// Identity of a file's content without reading it: where it is, how long, and when it last changed.
 pub(crate) fn stamp(what: &str, path: &Path) -> Result<u64> {
     let doing = || format!("could not look at the {what} {}", path.display());

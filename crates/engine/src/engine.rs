@@ -19,7 +19,9 @@ use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
 
-use crate::assets::{Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, unknown_image};
+use crate::assets::{
+    Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, lost_image, unknown_image,
+};
 use crate::config::Config;
 use crate::engines::{EngineChoice, EngineName};
 use crate::error::{Error, ErrorKind, Result, io};
@@ -842,6 +844,7 @@ impl Engine {
             row.spec.disk_mib = now.spec.disk_mib;
         }
         let row = &row;
+        self.require_root(row)?;
         // Its keeper takes them; that they can be taken is known before a machine is started.
         drop(ports::bind_all(
             self.os(),
@@ -954,6 +957,15 @@ impl Engine {
             session,
             warnings,
         })
+    }
+
+    /// Refuses a sandbox whose root file system is not there.
+    pub(crate) fn require_root(&self, row: &SandboxRow) -> Result<()> {
+        let root = self.layout().image(&row.image_digest).join("root.erofs");
+        match root.exists() {
+            true => Ok(()),
+            false => Err(lost_image(&row.spec.image, &root)),
+        }
     }
 
     /// Why no machine that was booted ahead may stand in for a boot, if so.

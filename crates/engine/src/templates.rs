@@ -548,6 +548,7 @@ impl Engine {
         }
         let mut store = self.store()?;
         let row = self.unmade_row(&store, spec)?;
+        self.require_root(&row)?;
         let facts = self.host_facts(&mut store, &row, nic, None)?;
         if let Some(reason) = self.why_no_template(&row) {
             return Err(Error::new(

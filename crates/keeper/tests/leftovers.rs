@@ -234,3 +234,45 @@ async fn a_copy_that_does_not_come_up_says_why_and_is_gone() {
     engine.remove_snapshot("s").expect("removed");
     home.assert_clean("after a copy that was deaf");
 }
+
+/// Whatever is started from an image whose files are gone says which, and what to do; nothing is left of it.
+#[tokio::test]
+async fn an_image_that_is_gone_is_named() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    engine.snapshot("a", Some("s")).await.expect("a snapshot");
+    let image = home.layout().image("sha256:0");
+    let away = home.path("away");
+    std::fs::rename(&image, &away).expect("moved");
+    let root = image.join("root.erofs");
+    let expected = format!(
+        "the root file system of image `debian-12` is not there: {}: somebody removed it from the data \
+         directory",
+        root.display()
+    );
+    let name = "b".parse().expect("a name");
+    let restored = engine.restore("s", &name).await.map(drop);
+    engine.create(&spec("c")).expect("created");
+    let started = engine.start("c").await.map(drop);
+    let cancel = smolvm_engine::Cancel::new().expect("a handle");
+    let mut watcher = |_: &smolvm_engine::Progress| {};
+    let built = engine.build_template(&spec("d"), &mut watcher, &cancel);
+    for failed in [restored, started, built.map(drop)] {
+        let error = failed.expect_err("there is no image");
+        assert_eq!(error.kind(), ErrorKind::MissingDependency);
+        assert_eq!(error.in_one_line(), expected);
+        let hint = error.hint_text().expect("a hint");
+        assert!(hint.contains("smolvm image rm debian-12"), "{hint}");
+    }
+    std::fs::rename(&away, &image).expect("moved");
+    let names: Vec<_> = engine.list().expect("a list");
+    let names: Vec<_> = names.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["a", "c"]);
+    for name in names {
+        engine.delete(name).await.expect("deleted");
+    }
+    engine.remove_snapshot("s").expect("removed");
+    home.assert_clean("after an image came back");
+}
