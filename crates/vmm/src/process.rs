@@ -33,6 +33,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) input: Option<OwnedFd>,
     /// Its standard output; to nowhere if absent.
     pub(crate) output: Option<OwnedFd>,
+    /// Whether it is to have its memory in pages of the smallest size only.
+    pub(crate) small_pages: bool,
 }
 
 /// A running child process.
@@ -58,6 +60,7 @@ impl Process {
             directory,
             input,
             output,
+            small_pages,
         }: Surroundings<'_>,
     ) -> io::Result<Process> {
         let (stderr_here, stderr_there) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
@@ -76,7 +79,7 @@ impl Process {
         if let Some(directory) = directory {
             command.current_dir(directory);
         }
-        sys::adopt(&mut command, inherited);
+        sys::adopt(&mut command, inherited, small_pages);
         let mut child = command.spawn()?;
         // `command` holds our copies of the child's ends; without them gone, none would ever close.
         drop(command);

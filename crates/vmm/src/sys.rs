@@ -26,17 +26,26 @@ use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 /// Keeping the numbers avoids dup2(2), which could overwrite the descriptor through which std
 /// reports a failed exec. The close-on-exec flag is cleared only in the child, so a process that
 /// another thread starts meanwhile inherits none of them.
-pub(crate) fn adopt(command: &mut Command, fds: Vec<OwnedFd>) {
+///
+/// With `small_pages` the child has no transparent huge pages (prctl(2), `PR_SET_THP_DISABLE`).
+pub(crate) fn adopt(command: &mut Command, fds: Vec<OwnedFd>, small_pages: bool) {
     let parent = getpid();
     // SAFETY: between fork and exec only async-signal-safe calls are allowed (signal-safety(7)).
     // The closure makes plain system calls (prctl, getppid, fcntl) on values it owns, and allocates
-    // nothing: an `io::Error` made of an error number holds only an integer.
+    // nothing: an `io::Error` made of an error number holds only an integer. This prctl takes numbers.
     unsafe {
         command.pre_exec(move || {
             set_parent_process_death_signal(Some(Signal::KILL))?;
             // The parent may have died before the request was in place.
             if getppid() != Some(parent) {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if small_pages {
+                // The arguments after the second must be 0.
+                let off = libc::prctl(libc::PR_SET_THP_DISABLE, 1_u64, 0_u64, 0_u64, 0_u64);
+                if off != 0 {
+                    return Err(io::Error::last_os_error());
+                }
             }
             for fd in &fds {
                 fcntl_setfd(fd, FdFlags::empty())?;

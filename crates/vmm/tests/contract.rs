@@ -467,6 +467,25 @@ mod qemu_only {
     }
 
     #[test]
+    fn huge_pages_are_for_guests_that_are_not_emulated() {
+        let subject = QemuSubject::new();
+        let plan = subject.plan(Guest::Halts);
+        let expected = match plan.accel {
+            Accel::Emulation => "0",
+            Accel::Kvm => "1",
+        };
+        contract::run(async {
+            let vm = Qemu.start(&plan, None).await.expect("start");
+            let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid()));
+            let status = status.expect("a status");
+            let said = status
+                .lines()
+                .find_map(|line| line.strip_prefix("THP_enabled:"));
+            assert_eq!(said.map(str::trim), Some(expected), "{status}");
+        });
+    }
+
+    #[test]
     fn a_vmm_that_dies_while_it_saves_or_restores_leaves_nothing() {
         let directory = tempfile::tempdir().expect("a directory");
         let [memory, state] = ["memory", "state"].map(|name| directory.path().join(name));

@@ -241,6 +241,7 @@ impl Start {
             directory: Some(directory.path()),
             input: Some(streams.input),
             output: Some(streams.output),
+            small_pages: false,
         };
         let process = Process::spawn(&plan.program, &arguments, inherited, around)
             .map_err(|error| spawn_error(&plan.program, error))?;
