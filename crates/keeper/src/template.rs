@@ -194,7 +194,7 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
             .decode::<Event>()
             .is_ok_and(|event| event.is_terminal())
         {}
-        Ok::<_, std::io::Error>(())
+        Ok::<_, std::io::Error>(link)
     };
     let outcome = tokio::select! {
         ready = tokio::time::timeout(boot, ready) => ready
@@ -205,13 +205,14 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
             std::io::Error::other(exit.map_or_else(|error| error.to_string(), |exit| exit.to_string())),
         )),
     };
-    if let Err(error) = outcome {
-        return Err(KeeperError::Guest {
-            source: Box::new(error),
-            console: tail.lines(),
-        });
-    }
+    // Held until it is saved: a guest that finds its host gone waits for another in its own way, and may be
+    // saved in the middle of that.
+    let link = outcome.map_err(|error| KeeperError::Guest {
+        source: Box::new(error),
+        console: tail.lines(),
+    })?;
     vm.snapshot(state, None).await?;
+    drop(link);
     // Nothing may change the files any more.
     vm.kill().await?;
     Ok(())
