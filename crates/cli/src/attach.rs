@@ -44,6 +44,11 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    /// Whether it went well.
+    pub(crate) fn succeeded(&self) -> bool {
+        self.status.code == Some(0)
+    }
+
     /// The exit code of ours that says it.
     pub(crate) fn exit(&self) -> Exit {
         Exit::of_command(&self.status)

@@ -147,6 +147,23 @@ pub(crate) fn warn(cx: &Context, warnings: &[String]) {
     }
 }
 
+/// What is wrong with a sandbox, or with the disk that its files are on: it may be why something in it
+/// failed.
+pub(crate) fn trouble(engine: &Engine, name: &str) -> Option<String> {
+    let reason = engine.info(name).ok()?.reason;
+    told(name, reason).or_else(|| {
+        let data = engine.config().data_dir.display();
+        let full =
+            format!("the disk of {data} is full, and so sandbox `{name}` cannot write to its own");
+        engine.is_disk_full().then_some(full)
+    })
+}
+
+/// What is wrong with a sandbox, as a warning.
+pub(crate) fn told(name: &str, trouble: Option<String>) -> Option<String> {
+    Some(format!("sandbox `{name}`: {}", trouble?))
+}
+
 /// Says that guests are emulated, and why; an emulated guest is slow enough to be asked about.
 pub(crate) fn note_emulation(cx: &Context, engine: &Engine) {
     if cx.out.quiet || cx.out.json || !(cx.world.stderr_terminal || cx.verbose) {

@@ -38,7 +38,7 @@ use crate::session::Session;
 use crate::snapshots::Saved;
 use crate::spec::{DiskMode, KernelChoice, SandboxName, SandboxSpec};
 use crate::ssh;
-use crate::store::{NetworkMode, NetworkRow, OTHER_DIRECTORY, SandboxRow, State, Store};
+use crate::store::{NetworkMode, NetworkRow, OTHER_DIRECTORY, SandboxRow, State, Store, reserve};
 use crate::teardown;
 use crate::templates;
 use crate::volumes::VolumeUse;
@@ -66,7 +66,7 @@ pub struct SandboxInfo {
     pub name: SandboxName,
     /// Where it is in its life.
     pub state: State,
-    /// Why it is in that state, where that is not plain.
+    /// Why it is in that state, where that is not plain; of one that runs, what is wrong with it.
     pub reason: Option<String>,
     /// Image of its root file system.
     pub image: String,
@@ -474,6 +474,12 @@ impl Engine {
     /// [`ErrorKind::PermissionDenied`] where this user may not; [`ErrorKind::NoSpace`].
     pub fn make_data_dir(&self) -> Result<()> {
         self.store().map(drop)
+    }
+
+    /// Whether the disk of the data directory has no room left for anything.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        reserve::is_low(&self.layout().database())
     }
 
     /// Host programs that are not there.

@@ -18,6 +18,9 @@ use crate::network::NetworkLaunch;
 use crate::ports::PublishedPort;
 use crate::volumes::VolumeLaunch;
 
+/// Exit code of a keeper that found no room on the disk for a template. It says why on standard output.
+pub const EXIT_NO_SPACE: u8 = 3;
+
 /// Everything a keeper needs to know, with nothing left to decide. Written before the keeper
 /// starts; made anew at each start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags};
@@ -28,11 +28,11 @@ use crate::engine::{Engine, entries, myself, random_u64, used_below, wait_for_an
 use crate::engines::EngineName;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts;
-use crate::launch::Launch;
+use crate::launch::{EXIT_NO_SPACE, Launch};
 use crate::layout::SavedMachine;
 use crate::plan::{self, HostFacts};
 use crate::spec::{DiskMode, SandboxSpec};
-use crate::store::{SandboxRow, State, Store};
+use crate::store::{SandboxRow, State, Store, reserve};
 use crate::volumes::VolumeLaunch;
 
 /// What a template is made of. Two sandboxes with equal ingredients may start from one template.
@@ -365,7 +365,7 @@ fn build(
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| {
@@ -399,12 +399,7 @@ fn build(
         ));
     }
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(Error::new(
-            ErrorKind::GuestFailed,
-            "could not boot a template for this sandbox",
-        )
-        .because(said.trim().to_owned()));
+        return Err(not_built(&output, &all_of(making)));
     }
     os.remove_file("remove the launch file", &file)?;
     for slot in slots {
@@ -425,6 +420,34 @@ fn build(
         cached,
     )?;
     Ok(())
+}
+
+/// The directory of all templates.
+fn all_of(making: &SavedMachine) -> PathBuf {
+    let parent = making.path().parent();
+    parent.unwrap_or(making.path()).to_owned()
+}
+
+/// Why a builder ended without a template.
+fn not_built(output: &Output, place: &Path) -> Error {
+    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    // One that could not say it has left at most a log.
+    let because = match said.is_empty() {
+        true => {
+            let log = String::from_utf8_lossy(&output.stderr);
+            let last = log.trim().lines().next_back().unwrap_or_default();
+            format!("its builder ended with {}, saying: {last}", output.status)
+        }
+        false => said,
+    };
+    let doing = "could not boot a template for this sandbox";
+    if output.status.code() == Some(i32::from(EXIT_NO_SPACE)) {
+        let full = format!("{doing}: there is no room for it in {}", place.display());
+        return Error::new(ErrorKind::NoSpace, full)
+            .because(because)
+            .hint(reserve::FREE_SPACE);
+    }
+    Error::new(ErrorKind::GuestFailed, doing).because(because)
 }
 
 /// Size of the disks that are in the place of volumes while a template is made.
@@ -867,6 +890,38 @@ mod tests {
             assert_eq!(known.changed(&now), Some(said));
             assert_ne!(known.id(), now.id(), "{said}");
         }
+    }
+
+    #[test]
+    fn a_builder_that_gave_up_is_quoted_without_its_log() {
+        use std::os::unix::process::ExitStatusExt;
+
+        let ended = |code: i32, stdout: &str, stderr: &str| {
+            let output = Output {
+                status: std::process::ExitStatus::from_raw(code << 8),
+                stdout: stdout.into(),
+                stderr: stderr.into(),
+            };
+            not_built(&output, Path::new("/d/templates"))
+        };
+        let log = "2026 INFO a machine reports\n2026 ERROR it cannot\n";
+        let error = ended(1, "it cannot\n", log);
+        assert_eq!(error.kind(), ErrorKind::GuestFailed);
+        assert_eq!(
+            error.in_one_line(),
+            "could not boot a template for this sandbox: it cannot"
+        );
+        let error = ended(i32::from(EXIT_NO_SPACE), "it was ended", log);
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(error.hint_text(), Some(reserve::FREE_SPACE));
+        assert_eq!(
+            error.in_one_line(),
+            "could not boot a template for this sandbox: there is no room for it in /d/templates: it was \
+             ended"
+        );
+        // Killed before it could say anything.
+        let error = ended(101, "", log).in_one_line();
+        assert!(error.ends_with("exit status: 101, saying: 2026 ERROR it cannot"));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Its guest answers each request as the real agent does, with the least it can do: every command
 //! prints its arguments, except `hang`, which never ends, `crash`, which takes the machine down, and
-//! `freeze`, after which it answers nothing any more. One that becomes `…-deaf` freezes then.
+//! `freeze`, after which it answers nothing any more, and `fill`, which finds no room on the host's disk.
+//! One that becomes `…-deaf` freezes then.
 //! At port 7 it gives back what it gets, as connections and as datagrams; other ports are refused.
 
 use std::collections::HashSet;
@@ -14,7 +15,7 @@ use smolvm_proto::socket::{ConnectRequest, Connected, DatagramsRequest, Endpoint
 use smolvm_proto::version::{Hello, VERSION_MAX, VERSION_MIN};
 use smolvm_proto::{Channel, Decoder, Frame, Kind, Request};
 use smolvm_vmm::fake::{Fake, FakeGuest, GuestEnd};
-use smolvm_vmm::{Backend, Exit};
+use smolvm_vmm::{Backend, DiskError, Exit};
 
 fn main() -> ExitCode {
     smolvm_keeper::main(|_| Some(Box::new(Fake::new(guest)) as Box<dyn Backend>))
@@ -84,6 +85,13 @@ fn guest(mut machine: FakeGuest) -> GuestEnd {
                         b"freeze" => {
                             frozen = true;
                             continue;
+                        }
+                        b"fill" => {
+                            let error = DiskError {
+                                disk: 1,
+                                full: true,
+                            };
+                            let _ = machine.disk_errors.try_send(error);
                         }
                         b"crash" => {
                             return GuestEnd::Crash(Exit {

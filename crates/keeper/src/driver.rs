@@ -35,7 +35,7 @@ use smolvm_proto::keeper::{
 use smolvm_proto::message::{Birth, EnvVar, Event, Request, ShutdownRequest, Volume};
 use smolvm_proto::version::{Hello, negotiate};
 use smolvm_proto::{Frame, Kind};
-use smolvm_vmm::{Accel, Exit, Vm};
+use smolvm_vmm::{Accel, DiskError, Exit, Vm};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -211,8 +211,20 @@ pub(crate) struct Driver {
     waiting_destroy: Vec<Waiter>,
     pub(crate) ports: Ports,
     pub(crate) inbox: mpsc::Sender<Input>,
+    /// Reports of disks, once the guest serves.
+    disk_errors: Option<mpsc::Receiver<DiskError>>,
+    /// What is wrong with the machine though it runs.
+    trouble: Option<Trouble>,
     /// Set once it is to be removed as soon as its guest has written to its volumes what it has for them.
     doomed: Option<&'static str>,
+}
+
+/// What is wrong with a machine that runs.
+#[derive(Debug)]
+struct Trouble {
+    text: String,
+    /// Whether the sandbox's row says it.
+    recorded: bool,
 }
 
 /// What a sandbox has outside its machine.
@@ -329,6 +341,8 @@ pub(crate) async fn run(
         ports: Ports::new(&launch.name, inbox.clone(), ports),
         inbox,
         launch,
+        disk_errors: None,
+        trouble: None,
         doomed: None,
     };
     let ended = greeting.and_then(|frame| driver.hear_hello(&frame));
@@ -386,6 +400,10 @@ impl Driver {
                 }
                 exit = self.vm.wait() => Some(self.gone(&exit)),
                 () = sleep_until(deadline) => self.late(),
+                Some(error) = next_of(&mut self.disk_errors) => {
+                    self.hear_disk_error(&error);
+                    None
+                }
                 () = sleep_until(answer_due) => {
                     self.will_not_stand_still();
                     None
@@ -406,6 +424,44 @@ impl Driver {
                 }
                 Some(end) => return end,
             }
+        }
+    }
+
+    /// The guest was told of an input/output error, and may go on with a file system that is read-only
+    /// from now on. The first of them is what people have to know.
+    fn hear_disk_error(&mut self, error: &DiskError) {
+        if self.trouble.is_some() {
+            self.record_trouble();
+            return;
+        }
+        let path = match self.launch.vm.disks.get(error.disk) {
+            Some(disk) => disk.path.display().to_string(),
+            None => format!("disk {}", error.disk),
+        };
+        let now = Timestamp::now();
+        let what = match error.full {
+            true => format!("the host's disk was full at {now:.0}: {path} could not be written"),
+            false => format!("the host could not read or write {path} at {now:.0}"),
+        };
+        let then = "what the guest wrote last may be lost, and its file system be read-only until it is \
+                    started again";
+        let trouble = format!("{what}; {then}");
+        tracing::error!("{trouble}");
+        self.trouble = Some(Trouble {
+            text: trouble,
+            recorded: false,
+        });
+        self.record_trouble();
+    }
+
+    /// Records what is wrong, if it was not yet: where the disk is full, another moment may have room.
+    fn record_trouble(&mut self) {
+        let Some(trouble) = self.trouble.as_mut().filter(|trouble| !trouble.recorded) else {
+            return;
+        };
+        match self.store.set_trouble(&self.launch.id, &trouble.text) {
+            Ok(recorded) => trouble.recorded = recorded,
+            Err(error) => tracing::warn!(%error, "could not record what is wrong"),
         }
     }
 
@@ -448,6 +504,7 @@ impl Driver {
     }
 
     fn welcome(&mut self, socket: StdUnixStream) {
+        self.record_trouble();
         let id = self.next_client;
         self.next_client += 1;
         match link::open(socket, self.inbox.clone(), move |frame| {
@@ -673,6 +730,7 @@ impl Driver {
             self.answer(waiter, &KeeperEvent::Ready(ready.clone()));
         }
         self.ports.serve();
+        self.disk_errors = self.vm.take_disk_errors().or(self.disk_errors.take());
         for (client, frame) in std::mem::take(&mut self.early) {
             if let Some(frame) = self.routes.route_in(client, frame) {
                 self.pass_to_guest(frame);
@@ -1175,6 +1233,14 @@ impl Driver {
         if let Some(client) = self.clients.get(&client) {
             client.outgoing.send(frame);
         }
+    }
+}
+
+/// The next report, if there will be any.
+async fn next_of(errors: &mut Option<mpsc::Receiver<DiskError>>) -> Option<DiskError> {
+    match errors {
+        Some(errors) => errors.recv().await,
+        None => std::future::pending().await,
     }
 }
 

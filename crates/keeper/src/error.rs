@@ -18,10 +18,10 @@ pub(crate) enum KeeperError {
         source: std::io::Error,
     },
     /// A guest that did not come up.
-    #[error("{source}{}", said(console))]
+    #[error("{}{}", failure.chain(), said(console))]
     Guest {
-        /// What was being done, and why it failed.
-        source: Box<KeeperError>,
+        /// What was being done, and why it failed, with all its causes.
+        failure: Box<KeeperError>,
         /// The last lines of the console.
         console: Vec<String>,
     },
@@ -45,6 +45,30 @@ impl KeeperError {
     /// It and its causes on one line.
     pub(crate) fn chain(&self) -> String {
         smolvm_engine::in_one_line(self)
+    }
+
+    /// Whether it is for want of room on the disk.
+    pub(crate) fn is_full(&self) -> bool {
+        if let Self::Guest { failure, .. } = self {
+            return failure.is_full();
+        }
+        let mut cause: Option<&dyn std::error::Error> = Some(self);
+        while let Some(error) = cause {
+            let full = match error.downcast_ref::<std::io::Error>() {
+                Some(error) => matches!(
+                    error.kind(),
+                    std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+                ),
+                None => error
+                    .downcast_ref::<smolvm_engine::Error>()
+                    .is_some_and(|error| error.kind() == smolvm_engine::ErrorKind::NoSpace),
+            };
+            if full {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
 
     pub(crate) fn io(doing: &'static str, source: std::io::Error) -> Self {

@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use rustix::fs::{Mode, OFlags};
-use smolvm_engine::launch::Launch;
+use smolvm_engine::launch::{EXIT_NO_SPACE, Launch};
 use smolvm_engine::layout::Layout;
 use smolvm_engine::network;
 use smolvm_engine::store::{NetworkMode, State, Store};
@@ -59,7 +59,7 @@ pub fn main(backends: Backends) -> ExitCode {
         [Some(word), None, None] if word == "--try-network" => return try_network(),
         [Some(path), None, None] => keep(&PathBuf::from(path), backends),
         [Some(word), Some(path), None] if word == "--template" => {
-            make_template(&PathBuf::from(path), backends)
+            return made(&make_template(&PathBuf::from(path), backends));
         }
         [Some(word), Some(path), None] if word == "--fill-pool" => fill_pool(&PathBuf::from(path)),
         _ => {
@@ -162,6 +162,20 @@ async fn start(
         booted_because,
         ..Started::new(backend.start(&plan, cable()?).await?)
     })
+}
+
+/// Says on standard output why there is no template; what the log has besides is nobody's.
+fn made(outcome: &Result<(), KeeperError>) -> ExitCode {
+    let Err(error) = outcome else {
+        return ExitCode::SUCCESS;
+    };
+    if let Err(unsaid) = writeln!(std::io::stdout(), "{}", error.chain()) {
+        tracing::error!(%unsaid, "could not say why: {}", error.chain());
+    }
+    match error.is_full() {
+        true => ExitCode::from(EXIT_NO_SPACE),
+        false => ExitCode::FAILURE,
+    }
 }
 
 /// Builds a template for whoever holds the other end of standard input.

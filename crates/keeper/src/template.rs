@@ -8,6 +8,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use smolvm_engine::launch::{Launch, Restore};
 use smolvm_host::net::tap::Tap;
 use smolvm_host::os::Os;
@@ -16,7 +17,7 @@ use smolvm_proto::limits::NONCE_BYTES;
 use smolvm_proto::message::{Event, ExecRequest, Request};
 use smolvm_proto::version::{Hello, Nonce};
 use smolvm_proto::{Decoder, Frame, Kind, Rejoin};
-use smolvm_vmm::{Backend, Cable, CableKind, Channel, Vm};
+use smolvm_vmm::{Backend, Cable, CableKind, Channel, Exit, Vm, VmError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -32,6 +33,8 @@ const WARM_STREAM: u32 = 1;
 /// nothing; of 200 restored at once the last took ten seconds, and waited most of them. To give those up
 /// and boot in their place would be to do twenty times the work on a host that has too much already.
 const WAKE_TIME: Duration = Duration::from_secs(10);
+/// Most time a machine may take to end whose channel has closed.
+const END_TIME: Duration = Duration::from_secs(2);
 /// A copy that is starved may have used up its time all but a moment; so long it is left alone.
 const WAKE_STEP: Duration = Duration::from_millis(100);
 
@@ -197,18 +200,22 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
         Ok::<_, std::io::Error>(link)
     };
     let outcome = tokio::select! {
-        ready = tokio::time::timeout(boot, ready) => ready
-            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(|error| KeeperError::io("boot the template", error)),
-        exit = vm.wait() => Err(KeeperError::io(
-            "boot the template",
-            std::io::Error::other(exit.map_or_else(|error| error.to_string(), |exit| exit.to_string())),
-        )),
+        // Its end says more than that its channel closed.
+        biased;
+        exit = vm.wait() => Err(ended(exit)),
+        ready = tokio::time::timeout(boot, ready) => match ready {
+            Ok(Ok(link)) => Ok(link),
+            Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+            Ok(Err(error)) => match tokio::time::timeout(END_TIME, vm.wait()).await {
+                Ok(exit) => Err(ended(exit)),
+                Err(_) => Err(error),
+            },
+        },
     };
     // Held until it is saved: a guest that finds its host gone waits for another in its own way, and may be
     // saved in the middle of that.
     let link = outcome.map_err(|error| KeeperError::Guest {
-        source: Box::new(error),
+        failure: Box::new(KeeperError::io("boot the template", error)),
         console: tail.lines(),
     })?;
     vm.snapshot(state, None).await?;
@@ -216,6 +223,18 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
     // Nothing may change the files any more.
     vm.kill().await?;
     Ok(())
+}
+
+/// How a machine ended that should have gone on. Its memory is a file that grows as the guest writes to
+/// it; the kernel ends a process with SIGBUS for whose page there is no room (mmap(2)).
+fn ended(exit: Result<Exit, VmError>) -> std::io::Error {
+    match exit {
+        Ok(exit) if exit.signal == Some(Signal::BUS.as_raw()) => {
+            std::io::Error::new(std::io::ErrorKind::StorageFull, exit.to_string())
+        }
+        Ok(exit) => std::io::Error::other(exit.to_string()),
+        Err(error) => std::io::Error::other(error),
+    }
 }
 
 /// Says when standard input closes: whoever wants the template is gone then, and nobody would ever
@@ -326,6 +345,31 @@ mod tests {
         let nearly = s(5) - Duration::from_nanos(1);
         assert_eq!(time_left(nearly, s(0), s(5), s(60)), Some(WAKE_STEP));
         assert_eq!(time_left(nearly, s(0), s(5), s(5)), Some(s(5) - nearly));
+    }
+
+    #[test]
+    fn a_machine_without_room_for_its_memory_is_told_once_and_as_that() {
+        let exit = Exit {
+            code: None,
+            signal: Some(Signal::BUS.as_raw()),
+            stderr: String::new(),
+        };
+        let told = |exit| KeeperError::Guest {
+            failure: Box::new(KeeperError::io("boot the template", ended(Ok(exit)))),
+            console: vec!["a line".to_owned()],
+        };
+        let error = told(exit.clone());
+        assert!(error.is_full());
+        assert_eq!(
+            error.chain(),
+            "could not boot the template: it was ended by signal 7 (SIGBUS), as when the disk or tmpfs \
+             that holds its memory is full; its console ends with: a line"
+        );
+        let killed = Exit {
+            signal: Some(9),
+            ..exit
+        };
+        assert!(!told(killed).is_full());
     }
 
     #[test]

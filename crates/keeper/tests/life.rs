@@ -653,6 +653,34 @@ async fn a_machine_that_dies_is_told_truthfully() {
     home.assert_clean("after a crash");
 }
 
+/// A machine that could not write to its disk runs on; that is told as long as it does.
+#[tokio::test]
+async fn a_full_disk_under_a_machine_that_runs_is_told() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    let (session, _) = engine.start("a").await.expect("started");
+    output(&session, &["fill"]).await.expect("output");
+    let told = async {
+        loop {
+            let info = engine.info("a").expect("a row");
+            assert_eq!(info.state, State::Running);
+            if let Some(reason) = info.reason {
+                return reason;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let told = tokio::time::timeout(Duration::from_secs(20), told).await;
+    let told = told.expect("nothing is said of it");
+    assert!(told.starts_with("the host's disk was full at "), "{told}");
+    assert!(told.contains("disk.ext4 could not be written"), "{told}");
+    engine.stop("a", Duration::ZERO).await.expect("stopped");
+    assert_eq!(engine.info("a").expect("a row").reason, None);
+    engine.delete("a").await.expect("deleted");
+    home.assert_clean("after a full disk");
+}
+
 #[tokio::test]
 async fn a_keeper_that_dies_is_told_truthfully() {
     let home = Home::new();

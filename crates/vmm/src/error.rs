@@ -37,6 +37,12 @@ impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.code, self.signal) {
             (Some(code), _) => write!(f, "it ended with exit code {code}")?,
+            (None, Some(libc::SIGBUS)) => write!(
+                f,
+                "it was ended by signal {} (SIGBUS), as when the disk or tmpfs that holds its memory is \
+                 full",
+                libc::SIGBUS
+            )?,
             (None, Some(signal)) => write!(f, "it was ended by signal {signal}")?,
             (None, None) => write!(f, "it ended")?,
         }
@@ -73,5 +79,10 @@ mod tests {
             stderr: String::new(),
         };
         assert_eq!(exit.to_string(), "it was ended by signal 9");
+        exit.signal = Some(7);
+        assert_eq!(
+            exit.to_string(),
+            "it was ended by signal 7 (SIGBUS), as when the disk or tmpfs that holds its memory is full"
+        );
     }
 }

@@ -20,15 +20,16 @@ use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream as TokioStream;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Backend, Cable, CableKind, Capabilities, Channel, Exit, Memory, NewFile, Vm, VmError,
-    VmErrorKind, VmPlan, new_memory, new_memory_at, open_state, refuse_impossible,
-    refuse_unreadable, refuse_unrestorable, refuse_unsavable, refuse_unstartable,
+    Backend, Cable, CableKind, Capabilities, Channel, DISK_ERRORS_WAITING, DiskError, Exit, Memory,
+    NewFile, Vm, VmError, VmErrorKind, VmPlan, new_memory, new_memory_at, open_state,
+    refuse_impossible, refuse_unreadable, refuse_unrestorable, refuse_unsavable,
+    refuse_unstartable,
 };
 
 /// The first process number given out: above the kernel's largest (proc(5), `pid_max`, is at most
@@ -57,6 +58,8 @@ pub struct FakeGuest {
     pub console: UnixStream,
     /// What it keeps.
     pub memory: FakeMemory,
+    /// For reports of disks that the host could not read or write.
+    pub disk_errors: mpsc::Sender<DiskError>,
 }
 
 /// The part of a guest's memory that a snapshot of a fake machine holds. Empty in a machine that was
@@ -366,11 +369,13 @@ impl Fake {
             state: watched.clone(),
             runtime: Handle::current(),
         };
+        let (disk_errors, heard) = mpsc::channel(DISK_ERRORS_WAITING);
         let guest = FakeGuest {
             plan: plan.clone(),
             channel: channel_guest,
             console: console_guest,
             memory: memory.clone(),
+            disk_errors,
         };
         let pid = FIRST_PID + self.shared.started.fetch_add(1, Ordering::Relaxed);
         lock(&self.shared.machines).insert(pid, state);
@@ -397,6 +402,7 @@ impl Fake {
             state: watched,
             channel: Some(channel),
             console: Some(console),
+            heard: Some(heard),
         })
     }
 }
@@ -521,6 +527,7 @@ struct FakeVm {
     state: watch::Receiver<State>,
     channel: Option<UnixStream>,
     console: Option<UnixStream>,
+    heard: Option<mpsc::Receiver<DiskError>>,
 }
 
 #[async_trait]
@@ -535,6 +542,10 @@ impl Vm for FakeVm {
 
     fn take_console(&mut self) -> Option<UnixStream> {
         self.console.take()
+    }
+
+    fn take_disk_errors(&mut self) -> Option<mpsc::Receiver<DiskError>> {
+        self.heard.take()
     }
 
     async fn pause(&mut self) -> Result<(), VmError> {

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 pub use self::channel::{Channel, Door};
 pub(crate) use self::file::{
@@ -249,6 +250,14 @@ pub trait Vm: Debug + Send {
     /// stalls, or loses what it writes, so whoever takes it keeps reading.
     fn take_console(&mut self) -> Option<UnixStream>;
 
+    /// Takes the reports of disks that the host could not read or write. `Some` once, from a backend that
+    /// hears of it. They come from then on, while somebody is in [`Vm::wait`] or asks for something else;
+    /// [`DISK_ERRORS_WAITING`] wait to be taken, and more are dropped. Whoever takes them when the guest
+    /// has booted does not slow that down.
+    fn take_disk_errors(&mut self) -> Option<mpsc::Receiver<DiskError>> {
+        None
+    }
+
     /// Stops the virtual CPUs; memory and devices stay. Idempotent.
     ///
     /// # Errors
@@ -312,6 +321,18 @@ pub trait Vm: Debug + Send {
     /// VMM reports meanwhile is taken in here, and logged.
     async fn wait(&mut self) -> Result<Exit, VmError>;
 }
+
+/// The host could not read or write a disk; the guest was told of an input/output error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskError {
+    /// Its number in [`VmPlan::disks`].
+    pub disk: usize,
+    /// Whether there was no room on the host.
+    pub full: bool,
+}
+
+/// Most [`DiskError`]s that wait to be heard: a guest tries again and again, and one says it all.
+pub const DISK_ERRORS_WAITING: usize = 16;
 
 /// How a VMM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

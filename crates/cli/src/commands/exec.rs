@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::join::{self, Join};
 use super::{Context, Outcome, block_on, machine};
+use crate::attach::Ended;
 use crate::report::CliError;
 use crate::signals::Signals;
 use crate::{attach, complete, prepare, units};
@@ -69,8 +70,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         } else {
             signals.or_interrupted(engine.connect(&args.name)).await?
         };
-        let ended = attach::run(cx, &session, &spec, &mut signals).await?;
-        Ok((ended, warnings))
+        let ended = attach::run(cx, &session, &spec, &mut signals).await;
+        if !ended.as_ref().is_ok_and(Ended::succeeded)
+            && let Some(trouble) = prepare::trouble(&engine, &args.name)
+        {
+            prepare::warn(cx, std::slice::from_ref(&trouble));
+            warnings.push(trouble);
+        }
+        Ok((ended?, warnings))
     })?;
     Ok(join::outcome(
         &ended,

@@ -6,7 +6,7 @@ use smolvm_engine::{SandboxInfo, State};
 
 use super::{Context, Outcome, port};
 use crate::report::CliError;
-use crate::units;
+use crate::{prepare, units};
 
 /// Arguments of `list`.
 #[derive(Debug, clap::Args)]
@@ -73,6 +73,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
                 })
                 .collect(),
         )?;
+        let troubles = sandboxes.iter().filter(|sandbox| alive(sandbox.state));
+        let troubles = troubles
+            .filter_map(|sandbox| prepare::told(sandbox.name.as_str(), sandbox.reason.clone()));
+        prepare::warn(cx, &troubles.collect::<Vec<_>>());
     }
     let vms: Vec<_> = sandboxes
         .iter()

@@ -13,9 +13,9 @@ use serde_json::json;
 use smolvm_engine::{Engine, State};
 
 use super::{Context, Outcome};
-use crate::complete;
 use crate::output;
 use crate::report::CliError;
+use crate::{complete, prepare};
 
 /// Arguments of `logs`.
 #[derive(Debug, clap::Args)]
@@ -41,7 +41,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         ));
     }
     let engine = cx.engine(None)?;
+    let warnings: Vec<_> = prepare::trouble(&engine, &args.name).into_iter().collect();
     if args.follow {
+        prepare::warn(cx, &warnings);
         follow(&engine, args)?;
         return Ok(Outcome::default());
     }
@@ -49,7 +51,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     for line in &console.lines {
         cx.out.line(line)?;
     }
-    Ok(json!({ "path": console.path, "lines": console.lines }).into())
+    prepare::warn(cx, &warnings);
+    let data = json!({ "path": console.path, "lines": console.lines, "warnings": warnings });
+    Ok(data.into())
 }
 
 /// Writes the tail, then whatever is added, until nothing more can come.

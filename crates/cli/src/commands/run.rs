@@ -146,7 +146,7 @@ async fn live(
     command: &ExecSpec,
     signals: &mut Signals,
 ) -> (Option<Session>, Result<(Ended, Vec<String>), CliError>) {
-    let (session, warnings) = match claimed {
+    let (session, mut warnings) = match claimed {
         Some(session) => (session, Vec::new()),
         None => match signals.or_interrupted(engine.start(name)).await {
             Ok((session, times)) => (session, times.warnings),
@@ -161,8 +161,14 @@ async fn live(
         if !args.keep {
             signals.or_interrupted(session.own()).await?;
         }
-        let ended = attach::run(cx, &session, command, signals).await?;
-        Ok((ended, warnings))
+        let ended = attach::run(cx, &session, command, signals).await;
+        if !ended.as_ref().is_ok_and(Ended::succeeded)
+            && let Some(trouble) = prepare::trouble(engine, name)
+        {
+            prepare::warn(cx, std::slice::from_ref(&trouble));
+            warnings.push(trouble);
+        }
+        Ok((ended?, warnings))
     }
     .await;
     (Some(session), result)

@@ -86,6 +86,12 @@ pub(super) fn prepare(path: &Path, may_make: bool) -> Result<()> {
     }
 }
 
+/// Whether the disk of the database at `path` has no room for anything.
+pub(crate) fn is_low(path: &Path) -> bool {
+    let disk = path.parent().and_then(|dir| statvfs(dir).ok());
+    disk.is_some_and(|disk| free(&disk) < LOW_BYTES)
+}
+
 /// Gives the reserve's blocks back to the disk. Says whether there were any.
 pub(super) fn give_back(database: &Path) -> bool {
     std::fs::remove_file(place(database)).is_ok()

@@ -489,6 +489,24 @@ impl Store {
         .map_err(|error| sql(format!("could not record that sandbox {id} runs"), error))
     }
 
+    /// Records what is wrong with a sandbox, if it runs, which it says. It holds until the next change of
+    /// its state.
+    pub fn set_trouble(&mut self, id: &str, trouble: &str) -> Result<bool> {
+        let text = "UPDATE sandboxes SET reason = ?2 WHERE id = ?1 AND state = 'running'";
+        self.in_any_case(|connection| {
+            connection
+                .prepare_cached(text)?
+                .execute(params![id, trouble])
+        })
+        .map(|changed| changed == 1)
+        .map_err(|error| {
+            sql(
+                format!("could not record what is wrong with sandbox {id}"),
+                error,
+            )
+        })
+    }
+
     /// Records the processes of a sandbox that is `starting`. Says whether it still is: if not,
     /// somebody has declared it dead, and the processes are to end.
     pub fn set_processes(

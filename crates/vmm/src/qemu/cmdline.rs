@@ -176,10 +176,23 @@ fn kernel_parameters(plan: &VmPlan) -> String {
     words.join(" ")
 }
 
+/// Beginning of the names that QEMU has for disks; the disk's number follows.
+const NODE: &str = "disk";
+
+/// QEMU's name for a disk.
+pub(super) fn node_of(disk: usize) -> String {
+    format!("{NODE}{disk}")
+}
+
+/// The disk of this name.
+pub(super) fn disk_of(node: &str) -> Option<usize> {
+    node.strip_prefix(NODE)?.parse().ok()
+}
+
 /// The node that opens the image. There is no node for the `raw` format on top: it would only pass
 /// requests on.
 fn block_node(index: usize, disk: &DiskPlan) -> OsString {
-    let mut node = OsString::from(format!("driver=file,node-name=disk{index},filename="));
+    let mut node = OsString::from(format!("driver=file,node-name={NODE}{index},filename="));
     node.push(escaped(&disk.path));
     node.push(if disk.read_only {
         // Nothing to protect, and a lock would stand in the way of whoever replaces the image.
@@ -201,7 +214,7 @@ fn block_device(index: usize, disk: &DiskPlan) -> String {
     } else {
         "rerror=report,werror=report"
     };
-    format!("virtio-blk-device,drive=disk{index},{on_error}")
+    format!("virtio-blk-device,drive={NODE}{index},{on_error}")
 }
 
 /// The network device. One queue and its default of 256 frames: the guest's driver fills it at each

@@ -16,17 +16,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
+use tokio::sync::mpsc;
 
 use self::cmdline::Descriptors;
-use self::qmp::{Command, Monitor, QmpError};
+use self::qmp::{Command, Event, Monitor, QmpError};
 use crate::memory::{Mapped, copy_data};
 use crate::process::{Process, Surroundings};
 use crate::shape::Shape;
 use crate::{
-    Accel, Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, Exit, Memory,
-    NewFile, Vm, VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program, memory_bytes,
-    new_memory, new_memory_at, open_state, refuse_impossible, refuse_unreadable,
-    refuse_unrestorable, refuse_unsavable, refuse_unstartable, spawn_error,
+    Accel, Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, DISK_ERRORS_WAITING,
+    DiskError, Exit, Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan, above_stdio, doing,
+    find_program, memory_bytes, new_memory, new_memory_at, open_state, refuse_impossible,
+    refuse_unreadable, refuse_unrestorable, refuse_unsavable, refuse_unstartable, spawn_error,
 };
 
 /// The program that emulates this host's architecture.
@@ -182,6 +183,7 @@ fn launch(plan: &VmPlan, base: Option<File>, cable: Option<Cable>) -> Result<Qem
     };
     let process = Process::spawn(&plan.program, &arguments, inherited, around)
         .map_err(|error| spawn_error(&plan.program, error))?;
+    let (disk_errors, heard) = mpsc::channel(DISK_ERRORS_WAITING);
     Ok(QemuVm {
         plan: plan.clone(),
         base: base.map(Arc::new),
@@ -189,6 +191,8 @@ fn launch(plan: &VmPlan, base: Option<File>, cable: Option<Cable>) -> Result<Qem
         monitor: Monitor::new(monitor),
         agent: Some(agent),
         console: Some(console),
+        disk_errors,
+        heard: Some(heard),
     })
 }
 
@@ -203,6 +207,9 @@ struct QemuVm {
     monitor: Monitor,
     agent: Option<UnixStream>,
     console: Option<UnixStream>,
+    disk_errors: mpsc::Sender<DiskError>,
+    /// Until somebody wants to hear of them.
+    heard: Option<mpsc::Receiver<DiskError>>,
 }
 
 #[async_trait]
@@ -217,6 +224,10 @@ impl Vm for QemuVm {
 
     fn take_console(&mut self) -> Option<UnixStream> {
         self.console.take()
+    }
+
+    fn take_disk_errors(&mut self) -> Option<mpsc::Receiver<DiskError>> {
+        self.heard.take()
     }
 
     async fn pause(&mut self) -> Result<(), VmError> {
@@ -302,14 +313,17 @@ impl Vm for QemuVm {
 
     async fn wait(&mut self) -> Result<Exit, VmError> {
         loop {
+            let listens = self.monitor.listens(self.heard.is_none());
             tokio::select! {
                 biased;
                 ended = self.process.wait() => {
                     return ended.map_err(|error| self.host("wait for", error));
                 }
                 // Whoever waits also takes in what the VMM has to say, so that it does not pile up.
-                error = self.monitor.listen(), if self.monitor.listens() => {
-                    tracing::debug!(name = self.plan.name, %error, "stopped listening to a machine");
+                heard = self.monitor.listen(), if listens => {
+                    if let Err(error) = heard {
+                        tracing::debug!(name = self.plan.name, %error, "stopped listening to a machine");
+                    }
                 }
             }
             self.tell_events();
@@ -355,6 +369,12 @@ impl QemuVm {
     fn tell_events(&mut self) {
         for event in self.monitor.take_events() {
             tracing::info!(name = self.plan.name, ?event, "a machine reports");
+            if let Event::DiskError { node, full } = event
+                && let Some(disk) = cmdline::disk_of(&node)
+            {
+                // Those that wait say as much.
+                let _ = self.disk_errors.try_send(DiskError { disk, full });
+            }
         }
     }
 

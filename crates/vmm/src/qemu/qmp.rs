@@ -1,8 +1,9 @@
 //! The VMM's control socket: a small typed client of the QEMU Machine Protocol.
 //!
 //! See QEMU's `docs/interop/qmp-spec.rst`. The protocol starts with a greeting and a negotiation;
-//! both are left for the first command, so that they cost a booting machine nothing, and because
-//! QEMU sends no events before, which could pile up while nobody reads.
+//! both are left for the first command, or for whoever wants to hear of events, so that they cost a
+//! booting machine nothing, and because QEMU sends no events before, which could pile up while nobody
+//! reads.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
+use super::cmdline::node_of;
 use crate::CONTROL_TIMEOUT;
 
 /// Longest message; those of the commands below have some hundred bytes.
@@ -92,7 +94,7 @@ impl Command {
             Command::MigrateIncoming => Some(json!({ "uri": format!("fd:{FILE}") })),
             Command::AddressOfMemory => Some(json!({ "command-line": "gpa2hva 0" })),
             Command::GrowDisk { index, bytes } => {
-                Some(json!({ "node-name": format!("disk{index}"), "size": bytes }))
+                Some(json!({ "node-name": node_of(index), "size": bytes }))
             }
         }
     }
@@ -105,8 +107,8 @@ pub(super) enum Event {
     Shutdown { reason: String },
     /// The guest's kernel said that it panicked.
     GuestPanicked,
-    /// The host could not read or write a disk image.
-    DiskError { node: String },
+    /// The host could not read or write a disk image; `full` if there was no room.
+    DiskError { node: String, full: bool },
 }
 
 /// Why a command had no success.
@@ -276,19 +278,25 @@ impl Monitor {
         }
     }
 
-    /// Whether events may arrive, for which somebody has to call [`Monitor::listen`].
-    pub(super) fn listens(&self) -> bool {
-        self.phase == Phase::Ready && !matches!(self.link, Link::Closed)
+    /// Whether events may arrive, for which somebody has to call [`Monitor::listen`]; or, if somebody
+    /// `wants` to hear of them, whether they could.
+    pub(super) fn listens(&self, wants: bool) -> bool {
+        (wants || self.phase == Phase::Ready) && !matches!(self.link, Link::Closed)
     }
 
-    /// Takes in events until the socket closes or something is wrong with it.
-    pub(super) async fn listen(&mut self) -> QmpError {
-        loop {
+    /// Takes in events until there is one to tell, after the negotiation if there was none yet.
+    ///
+    /// # Errors
+    ///
+    /// If the socket closes or something is wrong with it.
+    pub(super) async fn listen(&mut self) -> Result<(), QmpError> {
+        while self.events.is_empty() {
             if let Err(error) = self.step().await {
                 self.link = Link::Closed;
-                return error;
+                return Err(error);
             }
         }
+        Ok(())
     }
 
     /// The events that have not been asked for yet, oldest first.
@@ -413,6 +421,10 @@ impl Monitor {
             "GUEST_PANICKED" => Event::GuestPanicked,
             "BLOCK_IO_ERROR" => Event::DiskError {
                 node: word("node-name"),
+                // Its `nospace` is there only for disks that were made with `-drive`. The reason is what
+                // strerror(3) says without a locale, of ENOSPC and EDQUOT.
+                full: ["No space left on device", "Disk quota exceeded"]
+                    .contains(&word("reason").as_str()),
             },
             _ => return,
         };
@@ -525,12 +537,12 @@ mod tests {
     #[test]
     fn it_negotiates_once_and_executes() {
         let (mut monitor, peer) = vmm(GREETING, |id, _| Some(done(id)));
-        assert!(!monitor.listens());
+        assert!(!monitor.listens(false));
         run(async {
             monitor.execute(Command::Stop).await.expect("stop");
             monitor.execute(Command::Cont).await.expect("cont");
         });
-        assert!(monitor.listens());
+        assert!(monitor.listens(false));
         drop(monitor);
         let commands = peer.join().expect("the peer");
         assert_eq!(commands, ["qmp_capabilities", "stop", "cont"]);
@@ -545,7 +557,9 @@ mod tests {
                     "\r\n",
                     r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}"#,
                     "\r\n",
-                    r#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk1"}}"#,
+                    r#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk1", "reason": "No space left on device"}}"#,
+                    "\r\n",
+                    r#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk2"}}"#,
                     "\r\n",
                 ),
                 _ => "",
@@ -559,10 +573,38 @@ mod tests {
             },
             Event::DiskError {
                 node: "disk1".into(),
+                full: true,
+            },
+            Event::DiskError {
+                node: "disk2".into(),
+                full: false,
             },
         ];
         assert_eq!(monitor.take_events(), expected);
         assert_eq!(monitor.take_events(), []);
+    }
+
+    #[test]
+    fn whoever_wants_to_hear_of_events_needs_no_command_before() {
+        let (ours, mut theirs) = StdUnixStream::pair().expect("a socket pair");
+        let mut monitor = Monitor::new(ours);
+        assert!(!monitor.listens(false));
+        assert!(monitor.listens(true));
+        let peer = std::thread::spawn(move || {
+            let greeting = format!("{GREETING}\r\n");
+            theirs.write_all(greeting.as_bytes()).expect("a greeting");
+            let mut line = String::new();
+            BufReader::new(theirs.try_clone().expect("a copy"))
+                .read_line(&mut line)
+                .expect("the negotiation");
+            let event = r#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk1"}}"#;
+            let text = format!("{}\r\n{event}\r\n", done(1));
+            theirs.write_all(text.as_bytes()).expect("an event");
+            line
+        });
+        run(monitor.listen()).expect("heard");
+        assert!(peer.join().expect("the peer").contains("qmp_capabilities"));
+        assert_eq!(monitor.take_events().len(), 1);
     }
 
     #[test]
