@@ -132,7 +132,11 @@ fn images_that_cannot_be_made_or_removed() {
           "ok": false,
           "command": "image.delete",
           "exit_code": 1,
-          "data": null,
+          "data": {
+            "deleted": [],
+            "digests": [],
+            "freed_bytes": 0
+          },
           "error": {
             "code": "not_found",
             "message": "there is no image named `tools:v1`",
@@ -156,7 +160,7 @@ fn templates_that_are_not_there() {
         error: the following required arguments were not provided:
           <ID|--all>
 
-        Usage: smolvm template rm <ID|--all>
+        Usage: smolvm template delete <ID|--all>
 
         For more information, try '--help'.
         --- exit 2
@@ -565,6 +569,24 @@ fn kernels_that_are_not_there() {
         --- exit 125
     ");
     assert!(!home.path("data/kernels").exists(), "looking makes nothing");
+}
+
+#[test]
+fn what_cannot_be_allowed_is_told_with_its_reason() {
+    let home = Home::new();
+    let mut told = String::new();
+    for (verb, what) in [
+        ("run", "2001:db8::1"),
+        ("create", "pypi.org:443"),
+        ("create", "10.0.0.0/33"),
+        ("create", "127.0.0.1"),
+        ("create", "*"),
+    ] {
+        told += &home.run(&[verb, "--allow", what]);
+    }
+    told += &home.run(&["network", "set", "box", "--allow", "a b"]);
+    insta::assert_snapshot!(told);
+    assert!(!home.path("data").exists(), "nothing was made");
 }
 
 #[test]

@@ -109,16 +109,28 @@ impl FromStr for Allowed {
                 .because("sandboxes have no IPv6, and a port cannot be given")
                 .hint("give a name, an IPv4 address, or a network such as 203.0.113.0/24"));
         }
-        if let Ok(address) = text.parse::<Ipv4Addr>() {
-            return Ok(Self::Network(Ipv4Net::from(address)));
-        }
-        if text.contains('/') {
-            return match text.parse::<Ipv4Net>() {
-                Ok(network) => Ok(Self::Network(network.trunc())),
-                Err(error) => Err(wrong()
-                    .because(error)
-                    .hint("write a network as 203.0.113.0/24")),
-            };
+        let network = match text.parse::<Ipv4Addr>() {
+            Ok(address) => Some(Ipv4Net::from(address)),
+            Err(_) if text.contains('/') => {
+                let network = text.parse::<Ipv4Net>().map_err(|error| {
+                    wrong()
+                        .because(error)
+                        .hint("write a network as 203.0.113.0/24")
+                })?;
+                Some(network.trunc())
+            }
+            Err(_) => None,
+        };
+        if let Some(network) = network {
+            if network.prefix_len() >= 8 && network.addr().is_loopback() {
+                return Err(wrong()
+                    .because("a sandbox's loopback addresses are its own")
+                    .hint(
+                        "services of this host are not reached; `ssh -R` leads one connection out of \
+                         a sandbox",
+                    ));
+            }
+            return Ok(Self::Network(network));
         }
         match text.parse() {
             Ok(pattern) => Ok(Self::Name(pattern)),
@@ -1048,6 +1060,8 @@ mod tests {
             "10.0.0.0/33",
             "10.0.0/8",
             "10.0.0.256",
+            "127.0.0.1",
+            "127.0.0.0/8",
             "2001:db8::1",
             "a.b:443",
             "http://a.b/",

@@ -108,7 +108,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
         network: if args.network.is_unsaid() {
             NetworkSpec::open()
         } else {
-            args.network.spec()
+            args.network.spec()?
         },
         cpus: args.cpus,
         memory_mib: args.memory,

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use smolvm_engine::{
-    Allowed, CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind,
-    KernelChoice, MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo,
-    SandboxSpec, Session, SshSpec,
+    CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, KernelChoice,
+    MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo, SandboxSpec,
+    Session, SshSpec,
 };
 
 use super::Context;
@@ -161,7 +161,8 @@ pub(crate) struct Network {
     /// Let it reach this name, all names below one, address or network, and nothing else; with --network
     /// open a private network as well (can be repeated)
     #[arg(long, value_name = "HOST|CIDR|*.DOMAIN")]
-    allow: Vec<Allowed>,
+    // Read in `spec`, so that a mistake is told with its reason and what helps.
+    allow: Vec<String>,
 }
 
 impl Network {
@@ -171,17 +172,22 @@ impl Network {
     }
 
     /// What was meant; the list alone if only that was given.
-    pub(crate) fn spec(&self) -> NetworkSpec {
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidInput`] for something that cannot be allowed.
+    pub(crate) fn spec(&self) -> smolvm_engine::Result<NetworkSpec> {
         let reach = match self.network {
             Some(Policy::Off) => Reach::Off,
             Some(Policy::Open) => Reach::Open,
             None if self.allow.is_empty() => Reach::Off,
             None => Reach::Listed,
         };
-        NetworkSpec {
+        let allowed = self.allow.iter().map(|text| text.parse());
+        Ok(NetworkSpec {
             reach,
-            allowed: self.allow.clone(),
-        }
+            allowed: allowed.collect::<smolvm_engine::Result<_>>()?,
+        })
     }
 }
 
@@ -242,7 +248,7 @@ impl Machine {
                 .iter()
                 .map(|text| text.parse())
                 .collect::<smolvm_engine::Result<_>>()?,
-            network: self.network.spec(),
+            network: self.network.spec()?,
             volumes: self
                 .volume
                 .iter()

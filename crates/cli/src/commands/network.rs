@@ -124,7 +124,7 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
         ));
     }
     let engine = cx.engine(None)?;
-    let spec = args.network.spec();
+    let spec = args.network.spec()?;
     block_on(async { Ok(engine.set_network(&args.name, &spec).await?) })?;
     cx.out.line(&args.name)?;
     Ok(json!({ "vm": { "name": args.name }, "network": describe(&spec) }).into())

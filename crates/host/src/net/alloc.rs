@@ -97,7 +97,7 @@ impl AddressPool {
         self.at(1)
     }
 
-    /// How many guests have room: from 2 in a /30 to some 16 million in a /8, less three for the
+    /// How many guests have room: from 1 in a /30 to some 16 million in a /8, less three for the
     /// network, the gateway and the broadcast address.
     #[must_use]
     pub fn guests(&self) -> u32 {
