@@ -86,6 +86,14 @@ pub struct WarmCommand {
     pub required: bool,
 }
 
+impl WarmCommand {
+    /// What of it a person knows: the shell's command, or the last argument.
+    #[must_use]
+    pub fn shown(&self) -> &str {
+        self.argv.last().map_or("", String::as_str)
+    }
+}
+
 impl Launch {
     /// Whether it writes to a disk that outlives it.
     #[must_use]

@@ -156,8 +156,7 @@ fn warm_commands(own: &[String]) -> Vec<WarmCommand> {
         required: false,
     });
     let own = own.iter().map(|command| WarmCommand {
-        // Its output would fill the window of a stream that nobody reads.
-        argv: words(&["sh", "-c", &format!("exec >/dev/null 2>&1\n{command}")]),
+        argv: words(&["sh", "-c", command]),
         required: true,
     });
     always.chain(own).collect()
@@ -301,10 +300,14 @@ impl Engine {
     /// Makes a pool, or changes the one of the same image and size, and fills it. `ready` is told
     /// each time how many members there are. A size of 0 removes it with its members.
     ///
+    /// Commands that differ are tried on a first member before anything of the pool changes.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::InvalidInput`]; [`ErrorKind::NotFound`] for an unknown image; what a member did
-    /// not start for. The pool stays, with the members it has.
+    /// not start for. A pool that was there stays as it was if a first member of other commands does
+    /// not start, and with the members it has otherwise; one that was not there is not made if no
+    /// member starts.
     pub async fn set_pool(&self, spec: &PoolSpec, ready: &mut dyn FnMut(u32)) -> Result<()> {
         spec.check()?;
         if spec.nic && spec.size > 0 {
@@ -314,10 +317,9 @@ impl Engine {
         let Some(image) = store.image(&spec.image)? else {
             return Err(unknown_image(&spec.image));
         };
-        let before = store.pools()?;
-        let row = store.put_pool(&PoolRow {
+        let mut row = PoolRow {
             id: format!("{:016x}", random_u64()?),
-            image: image.name,
+            image: image.name.clone(),
             cpus: spec.cpus,
             memory_mib: spec.memory_mib,
             disk_mib: spec.disk_mib,
@@ -329,12 +331,36 @@ impl Engine {
             misses: 0,
             failure: None,
             created_at: Timestamp::now(),
-        })?;
+        };
+        let old = store.pools()?.into_iter().find(|old| {
+            let kind = |spec: &PoolSpec| PoolSpec {
+                size: 0,
+                commands: Vec::new(),
+                ..spec.clone()
+            };
+            kind(&PoolSpec::of(old)) == kind(&PoolSpec::of(&row))
+        });
+        let new = old.is_none();
+        if let Some(old) = &old {
+            row.id.clone_from(&old.id);
+        }
         if spec.size == 0 {
+            let row = store.put_pool(&row)?;
             return self.remove_pool(&mut store, &row.id).await;
         }
-        self.os()
-            .create_dir_all("make the directory", &self.layout().pools())?;
+        let path = self.pool_file_for_lock(&row.id)?;
+        let lock = self.os().lock("lock the pool", &path)?;
+        if old.is_some_and(|old| old.commands != row.commands) {
+            // Members that other commands have warmed are of another kind.
+            ready(0);
+            let kernel = self.kernel_key(&KernelChoice::Auto)?;
+            let proven = self.make_member(&mut store, &row, image, kernel).await?;
+            store.put_pool(&row)?;
+            self.remove_members(&mut store, &row.id, |member| member.id != proven)
+                .await?;
+        } else {
+            row = store.put_pool(&row)?;
+        }
         let text = serde_json::to_vec(self.config()).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not write the pool's file").because(error)
         })?;
@@ -346,16 +372,15 @@ impl Engine {
             0o600,
             Durability::Synced,
         )?;
-        let lock = self
-            .os()
-            .lock("lock the pool", &self.pool_file(&row.id, "lock"))?;
-        let old = before.iter().find(|old| old.id == row.id);
-        if old.is_some_and(|old| old.commands != row.commands) {
-            // Members that other commands have warmed are of another kind.
-            self.remove_members(&mut store, &row.id, |_| true).await?;
+        let filled = self.fill_locked(&row.id, &lock, ready).await;
+        drop(lock);
+        if filled.is_err() && new && store.members(&row.id)?.is_empty() {
+            // Whoever asks for a sandbox later would try in vain each time.
+            row.size = 0;
+            store.put_pool(&row)?;
+            self.remove_pool(&mut store, &row.id).await?;
         }
-        drop(store);
-        self.fill_locked(&row.id, &lock, ready).await
+        filled
     }
 
     /// Removes the members of a pool of size 0, and its row last.
@@ -446,13 +471,14 @@ impl Engine {
         }
     }
 
+    /// Makes a member, and says its id.
     async fn make_member(
         &self,
         store: &mut Store,
         pool: &PoolRow,
         image: ImageRow,
         kernel: String,
-    ) -> Result<()> {
+    ) -> Result<String> {
         let mut spec = PoolSpec::of(pool).sandbox()?;
         // What warms it meets what commands will meet.
         spec.take_defaults(&image.config);
@@ -469,7 +495,7 @@ impl Engine {
                 for warning in &times.warnings {
                     tracing::warn!("{warning}");
                 }
-                Ok(())
+                Ok(row.id)
             }
             Err(error) => {
                 if let Some(row) = store.sandbox(&row.id)?

@@ -45,6 +45,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
+use crate::member::Said;
 use crate::net::Network;
 use crate::ports::{Line, Ports};
 use crate::routes::{ClientId, FromGuest, Routes};
@@ -101,6 +102,7 @@ pub(crate) enum Phase {
     Warming {
         deadline: Instant,
         left: VecDeque<WarmCommand>,
+        said: Said,
     },
     /// A member of a pool stands still until it is claimed.
     Parked(Ready),
@@ -560,6 +562,7 @@ impl Driver {
             (0, Kind::Hello) => self.hear_hello(&frame),
             (BIRTH_STREAM, Kind::Event) => self.hear_birth(&frame),
             (WARM_STREAM, Kind::Event) => self.hear_warm(&frame).await,
+            (WARM_STREAM, Kind::Data) => self.hear_warm_output(&frame),
             (PING_STREAM, Kind::Event) => {
                 self.stand_still().await;
                 None
@@ -701,6 +704,7 @@ impl Driver {
             self.phase = Phase::Warming {
                 deadline: Instant::now() + WARM_TIME,
                 left: commands.into(),
+                said: Said::default(),
             };
             self.warm_on();
             return None;
@@ -982,10 +986,11 @@ impl Driver {
         }
         Some(match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: true },
-            Phase::Warming { .. } => End::Broken {
+            Phase::Warming { ref left, .. } => End::Broken {
                 state: State::Error,
                 reason: format!(
-                    "a command that warms the pool's member took longer than {} s",
+                    "the warm-up command `{}` took longer than {} s",
+                    left.front().map_or("", WarmCommand::shown),
                     WARM_TIME.as_secs()
                 ),
             },

@@ -13,9 +13,10 @@ use smolvm_engine::{NetworkSpec, SshSpec};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
+use smolvm_proto::flow::{Overrun, ReceiveWindow};
 use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperFailure, KeeperReason};
 use smolvm_proto::message::{Event, ExecRequest, Request};
-use smolvm_proto::{Frame, Kind};
+use smolvm_proto::{Channel, Frame, Kind};
 use tokio::time::Instant;
 
 use crate::driver::{
@@ -24,16 +25,67 @@ use crate::driver::{
 };
 use crate::error::KeeperError;
 
+/// Bytes that are kept of what a command says last.
+const SAID_BYTES: usize = 512;
+
+/// What the command says that warms a member, on standard output and standard error.
+#[derive(Debug, Default)]
+pub(crate) struct Said {
+    output: ReceiveWindow,
+    error: ReceiveWindow,
+    /// The end of it; of standard error alone, once that has been used.
+    tail: Vec<u8>,
+    complained: bool,
+}
+
+impl Said {
+    /// Keeps the end, and says how much credit to grant.
+    fn take(&mut self, channel: Channel, bytes: &[u8]) -> Result<Option<u32>, Overrun> {
+        let complains = channel == Channel::Error;
+        if complains && !self.complained {
+            self.complained = true;
+            self.tail.clear();
+        }
+        if complains || !self.complained {
+            self.tail.extend_from_slice(bytes);
+            let over = self.tail.len().saturating_sub(SAID_BYTES);
+            self.tail.drain(..over);
+        }
+        let window = if complains {
+            &mut self.error
+        } else {
+            &mut self.output
+        };
+        let length = u32::try_from(bytes.len()).map_err(|_| Overrun)?;
+        window.received(length)?;
+        Ok(window.consumed(length))
+    }
+
+    /// The last line that is not empty, without what would drive a terminal.
+    fn last_line(&self) -> Option<String> {
+        let text = String::from_utf8_lossy(&self.tail);
+        let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+        let line: String = line.chars().filter(|char| !char.is_control()).collect();
+        Some(line.trim().to_owned())
+    }
+}
+
 impl Driver {
     /// Starts the command that is first in turn. Says whether there was one.
     pub(crate) fn warm_on(&mut self) -> bool {
-        let Phase::Warming { deadline, left } = &mut self.phase else {
+        let Phase::Warming {
+            deadline,
+            left,
+            said,
+        } = &mut self.phase
+        else {
             return false;
         };
         let Some(command) = left.front() else {
             return false;
         };
         *deadline = Instant::now() + WARM_TIME;
+        *said = Said::default();
         let words = command.argv.iter();
         let argv = words.map(|word| word.clone().into_bytes().into()).collect();
         let request = Request::Exec(ExecRequest::plain(argv));
@@ -42,17 +94,40 @@ impl Driver {
         true
     }
 
-    /// Hears of the command under way, and parks the member after the last one.
-    pub(crate) async fn hear_warm(&mut self, frame: &Frame) -> Option<End> {
-        let Phase::Warming { left, .. } = &mut self.phase else {
+    /// Takes what the command under way has said, so that it is not stopped by a full window.
+    pub(crate) fn hear_warm_output(&mut self, frame: &Frame) -> Option<End> {
+        let Phase::Warming { said, .. } = &mut self.phase else {
             return None;
         };
+        match said.take(frame.channel, &frame.payload) {
+            Ok(Some(bytes)) => {
+                self.guest
+                    .send(Frame::credit(WARM_STREAM, frame.channel, bytes));
+                None
+            }
+            Ok(None) => None,
+            Err(error) => broken(format!("the guest's agent broke the rules: {error}")),
+        }
+    }
+
+    /// Hears of the command under way, and parks the member after the last one.
+    pub(crate) async fn hear_warm(&mut self, frame: &Frame) -> Option<End> {
+        let Phase::Warming { left, said, .. } = &mut self.phase else {
+            return None;
+        };
+        let last_words = said.last_line();
         let outcome = match frame.decode::<Event>() {
             Ok(Event::Exited(exited)) if exited.code == Some(0) => Ok(()),
-            Ok(Event::Exited(exited)) => Err(match (exited.code, exited.signal) {
-                (Some(code), _) => format!("it exited with code {code}"),
-                (None, signal) => format!("it was ended by signal {}", signal.unwrap_or(0)),
-            }),
+            Ok(Event::Exited(exited)) => {
+                let how = match (exited.code, exited.signal) {
+                    (Some(code), _) => format!("it exited with code {code}"),
+                    (None, signal) => format!("it was ended by signal {}", signal.unwrap_or(0)),
+                };
+                Err(match last_words {
+                    Some(words) => format!("{how}; it last said: {words}"),
+                    None => how,
+                })
+            }
             Ok(Event::Failed(failure)) => Err(failure.message),
             Ok(_) => return None,
             Err(error) => Err(error.to_string()),
@@ -61,7 +136,7 @@ impl Driver {
         if let Err(reason) = outcome
             && command.required
         {
-            let command = command.argv.last().map_or("", String::as_str);
+            let command = command.shown();
             return broken(format!("the warm-up command `{command}` failed: {reason}"));
         }
         if self.warm_on() {
@@ -202,4 +277,28 @@ fn identity(claim: &ClaimRequest) -> smolvm_engine::Result<Identity> {
             .map(|keys| SshSpec::new(keys.iter().map(String::as_str)))
             .transpose()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_complaint_is_kept_and_credit_is_granted() {
+        let mut said = Said::default();
+        assert_eq!(said.last_line(), None);
+        assert_eq!(said.take(Channel::Output, b"one\ntwo\n\n"), Ok(None));
+        assert_eq!(said.last_line().as_deref(), Some("two"));
+        assert_eq!(said.take(Channel::Error, b"\x1b[31mno\x07\n"), Ok(None));
+        assert_eq!(said.take(Channel::Output, b"three"), Ok(None));
+        assert_eq!(said.last_line().as_deref(), Some("[31mno"));
+        // More than a window, in pieces: all of it is granted again, and little of it kept.
+        let mut granted = 0;
+        for _ in 0..smolvm_proto::limits::WINDOW_BYTES / 1024 * 2 {
+            let more = said.take(Channel::Error, &[b'x'; 1024]);
+            granted += more.expect("within the window").unwrap_or(0);
+        }
+        assert!(granted > smolvm_proto::limits::WINDOW_BYTES, "{granted}");
+        assert_eq!(said.tail.len(), SAID_BYTES);
+    }
 }

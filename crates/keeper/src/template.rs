@@ -6,6 +6,7 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -172,20 +173,30 @@ pub(crate) async fn make(backend: &dyn Backend, launch: &Launch) -> Result<(), K
         Some(_) => detached(backend.capabilities().cable)?,
         None => None,
     };
+    let started = Started::new(backend.start(&launch.vm, cable).await?);
+    let boot = Duration::from_millis(launch.boot_timeout_ms);
+    save_when_ready(started, boot, state).await
+}
+
+/// Saves a machine at `state`, which has `boot` until its guest is ready, and ends it.
+async fn save_when_ready(
+    started: Started,
+    boot: Duration,
+    state: &Path,
+) -> Result<(), KeeperError> {
     let Started {
         mut vm,
         mut channel,
         console,
         ..
-    } = Started::new(backend.start(&launch.vm, cable).await?);
+    } = started;
     let tail = Tail::default();
     tokio::spawn(console::record(console, "/dev/null".into(), tail.clone()));
-    let boot = Duration::from_millis(launch.boot_timeout_ms);
     let ready = async {
         let mut link = Link::new(channel.open().await?)?;
         link.hear(Kind::Hello).await?;
         let warm = Request::Exec(ExecRequest {
-            timeout_ms: Some(launch.boot_timeout_ms),
+            timeout_ms: Some(u64::try_from(boot.as_millis()).unwrap_or(u64::MAX)),
             ..ExecRequest::plain(vec![b"true".to_vec().into()])
         });
         link.say(&Frame::message(WARM_STREAM, Kind::Open, &warm))
@@ -323,6 +334,10 @@ impl Link {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use smolvm_proto::message::Exited;
+
     use super::*;
 
     const fn s(seconds: u64) -> Duration {
@@ -387,5 +402,105 @@ mod tests {
             error.to_string().contains("0.0 s for a processor"),
             "{error}"
         );
+    }
+
+    /// A machine whose guest answers one command; it notes whether its maker is still there when it is
+    /// asked to be saved.
+    #[derive(Debug)]
+    struct Observed {
+        channel: Option<Channel>,
+        console: Option<StdUnixStream>,
+        guest: StdUnixStream,
+        maker_was_there: Arc<Mutex<Option<bool>>>,
+    }
+
+    #[async_trait::async_trait]
+    impl Vm for Observed {
+        fn pid(&self) -> u32 {
+            u32::MAX
+        }
+
+        fn take_channel(&mut self) -> Option<Channel> {
+            self.channel.take()
+        }
+
+        fn take_console(&mut self) -> Option<StdUnixStream> {
+            self.console.take()
+        }
+
+        async fn pause(&mut self) -> Result<(), VmError> {
+            unreachable!("a snapshot pauses by itself")
+        }
+
+        async fn resume(&mut self) -> Result<(), VmError> {
+            unreachable!("it is killed after the snapshot")
+        }
+
+        async fn snapshot(
+            &mut self,
+            _: &Path,
+            _: Option<&Path>,
+        ) -> Result<std::time::Instant, VmError> {
+            // Nothing to read means that somebody could still write; an end of the stream is read.
+            let read = rustix::net::recv(
+                &self.guest,
+                &mut [0; 64][..],
+                rustix::net::RecvFlags::DONTWAIT,
+            );
+            *self.maker_was_there.lock().expect("a lock") =
+                Some(read == Err(rustix::io::Errno::AGAIN));
+            Ok(std::time::Instant::now())
+        }
+
+        fn start_kill(&mut self) -> Result<(), VmError> {
+            Ok(())
+        }
+
+        async fn kill(&mut self) -> Result<Exit, VmError> {
+            Ok(Exit {
+                code: None,
+                signal: Some(Signal::KILL.as_raw()),
+                stderr: String::new(),
+            })
+        }
+
+        async fn wait(&mut self) -> Result<Exit, VmError> {
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_template_is_saved_while_its_guest_has_a_host() {
+        let (host, guest) = StdUnixStream::pair().expect("a pair");
+        let (console, _far) = StdUnixStream::pair().expect("a pair");
+        let maker_was_there = Arc::new(Mutex::new(None));
+        let vm = Observed {
+            channel: Some(host.into()),
+            console: Some(console),
+            guest: guest.try_clone().expect("a descriptor"),
+            maker_was_there: Arc::clone(&maker_was_there),
+        };
+        let talk = tokio::spawn(async move {
+            let mut link = Link::new(guest)?;
+            let nonce = Nonce::from([0; NONCE_BYTES]);
+            let hello = Frame::message(0, Kind::Hello, &Hello::of_host(nonce, true));
+            link.say(&hello).await?;
+            let asked = link.hear(Kind::Open).await?;
+            let exited = Event::Exited(Exited {
+                code: Some(0),
+                signal: None,
+                timed_out: false,
+                duration_us: 1,
+            });
+            link.say(&Frame::message(asked.stream, Kind::Event, &exited))
+                .await?;
+            Ok::<_, std::io::Error>(link)
+        });
+        let started = Started::new(Box::new(vm));
+        save_when_ready(started, s(60), Path::new("/nowhere"))
+            .await
+            .expect("saved");
+        drop(talk.await.expect("no panic").expect("a conversation"));
+        assert_eq!(*maker_was_there.lock().expect("a lock"), Some(true));
     }
 }

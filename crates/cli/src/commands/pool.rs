@@ -5,6 +5,7 @@ use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PoolSpec, PullPolicy};
 
 use super::machine::Shape;
 use super::{Context, Outcome, block_on};
+use crate::progress::Meter;
 use crate::report::CliError;
 use crate::signals::Signals;
 use crate::{prepare, units};
@@ -76,16 +77,25 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
             prepare::image(cx, &engine, &mut signals, &spec.image, &kernel, spec.nic).await?;
         }
         let mut last = 0;
+        let mut meter = Meter::new(cx.out, cx.world.stderr_terminal);
+        let phase = match args.warm_cmd.len() {
+            0 => "making the members".to_owned(),
+            1 => "making the members, each of which runs the warm-up command".to_owned(),
+            many => format!("making the members, each of which runs {many} warm-up commands"),
+        };
         let mut told = |ready: u32| {
             // There may be more than are wanted until it is done.
             last = ready.min(args.size);
-            if ready > 0 {
-                cx.out.status(&format!("{last} of {} ready", args.size));
+            if args.size > 0 {
+                let done = f64::from(last) / f64::from(args.size);
+                let detail = format!("{last} of {} ready", args.size);
+                meter.show(&phase, Some(done), &detail);
             }
         };
         let filled = signals
             .or_interrupted(engine.set_pool(&spec, &mut told))
             .await;
+        meter.finish();
         if matches!(filled, Err(CliError::Interrupted)) && args.size > 0 {
             cx.out.status(&format!(
                 "the pool has {last} of {} members; the rest is made in the background when one is \
