@@ -401,11 +401,11 @@ pub(crate) enum KernelCommand {
     /// Compile a small kernel from the distribution's source
     Build(kernel::BuildArgs),
     /// List the kernels on this host
-    #[command(alias = "list")]
-    Ls(kernel::ListArgs),
+    #[command(alias = "ls")]
+    List(kernel::ListArgs),
     /// Remove kernels that no sandbox boots
-    #[command(alias = "delete")]
-    Rm(kernel::RemoveArgs),
+    #[command(alias = "rm")]
+    Delete(kernel::RemoveArgs),
 }
 
 /// `smolvm template`.
@@ -421,11 +421,11 @@ pub(crate) enum TemplateCommand {
     /// Boot a machine ahead of the first sandbox
     Build(template::BuildArgs),
     /// List the templates, and why one is stale
-    #[command(alias = "list")]
-    Ls(template::ListArgs),
+    #[command(alias = "ls")]
+    List(template::ListArgs),
     /// Remove templates
-    #[command(alias = "delete")]
-    Rm(template::RemoveArgs),
+    #[command(alias = "rm")]
+    Delete(template::RemoveArgs),
 }
 
 /// `smolvm bench`.

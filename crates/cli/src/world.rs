@@ -124,6 +124,19 @@ fn settings(path: &Path) -> Result<Settings, CliError> {
         {
             Ok(Settings::default())
         }
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let error = smolvm_engine::Error::new(
+                smolvm_engine::ErrorKind::PermissionDenied,
+                format!("could not read the settings in {}", path.display()),
+            )
+            .because(error);
+            Err(error
+                .hint(
+                    "let this user read the file, or use a directory of your own with --data-dir or \
+                     SMOLVM_DATA_DIR",
+                )
+                .into())
+        }
         Err(error) => Err(CliError::io(format!("reading {}", path.display()), error)),
     }
 }

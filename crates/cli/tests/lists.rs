@@ -61,7 +61,7 @@ fn an_empty_store_is_listed_without_making_it() {
         $ smolvm kernel ls --json
         {
           "ok": true,
-          "command": "kernel.ls",
+          "command": "kernel.list",
           "exit_code": 0,
           "data": {
             "kernels": []
@@ -79,7 +79,7 @@ fn an_empty_store_is_listed_without_making_it() {
         $ smolvm template list --json
         {
           "ok": true,
-          "command": "template.ls",
+          "command": "template.list",
           "exit_code": 0,
           "data": {
             "templates": []

@@ -1,6 +1,6 @@
 //! What `doctor` checks: each with what was found, and how to mend it.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, MissingPackage};
 use crate::engines::EngineChoice;
 use crate::facts;
 use crate::spec::{DEFAULT_IMAGE, KernelChoice};
@@ -50,16 +50,30 @@ impl Report {
     }
 }
 
+/// What it means that a program is not there, and what is to be said beside. `prepared`: the kernel and
+/// the default image are there.
+fn judge(missing: &MissingPackage, prepared: bool) -> (CheckStatus, &'static str) {
+    if missing.only_to_prepare && prepared {
+        (CheckStatus::Warn, ", which has been done")
+    } else {
+        (CheckStatus::Fail, "")
+    }
+}
+
 impl Engine {
     /// Checks this host. Makes nothing on disk.
     #[must_use]
     pub fn doctor(&self) -> Vec<Check> {
         let mut report = Report::default();
+        let prepared = self
+            .missing_assets(DEFAULT_IMAGE, &KernelChoice::Auto, false)
+            .is_ok_and(|missing| missing.is_empty());
         for missing in self.missing_packages() {
+            let (status, when) = judge(&missing, prepared);
             report.add(
                 &missing.program,
-                CheckStatus::Fail,
-                format!("not found; needed to {}", missing.why),
+                status,
+                format!("not found; needed to {}{when}", missing.why),
                 Some(format!("sudo apt-get install {}", missing.package)),
             );
         }
@@ -235,6 +249,35 @@ impl Engine {
                 error.to_string(),
                 error.hint_text().map(str::to_owned),
             ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_preparing_needs_is_no_fault_afterwards() {
+        let missing = |program: &str| {
+            let known = smolvm_host::packages::PROGRAMS;
+            let known = known.iter().find(|known| known.name == program);
+            let known = known.expect("a program of ours");
+            MissingPackage {
+                program: program.to_owned(),
+                package: known.package.to_owned(),
+                why: known.why.to_owned(),
+                only_to_prepare: known.only_to_prepare,
+            }
+        };
+        for (program, prepared, status) in [
+            ("newuidmap", false, CheckStatus::Fail),
+            ("newuidmap", true, CheckStatus::Warn),
+            ("mmdebstrap", true, CheckStatus::Warn),
+            ("qemu-system-x86_64", true, CheckStatus::Fail),
+            ("mke2fs", true, CheckStatus::Fail),
+        ] {
+            assert_eq!(judge(&missing(program), prepared).0, status, "{program}");
         }
     }
 }

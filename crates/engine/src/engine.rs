@@ -175,6 +175,8 @@ pub struct MissingPackage {
     pub package: String,
     /// What it is needed for.
     pub why: String,
+    /// Whether nothing needs it once the kernel and the default image are there.
+    pub only_to_prepare: bool,
 }
 
 impl Engine {
@@ -494,6 +496,7 @@ impl Engine {
                 program: missing.program.to_owned(),
                 package: missing.package.to_owned(),
                 why: missing.why.to_owned(),
+                only_to_prepare: missing.only_to_prepare,
             })
             .collect()
     }

@@ -17,6 +17,8 @@ pub struct Program {
     pub why: &'static str,
     /// Whether only ordinary users need it.
     pub ordinary_users_only: bool,
+    /// Whether it is needed to make a kernel or the default image, and not any more when they are there.
+    pub only_to_prepare: bool,
 }
 
 /// Every program, in the order in which a new user meets them.
@@ -26,42 +28,49 @@ pub const PROGRAMS: &[Program] = &[
         package: "qemu-system-x86",
         why: "run virtual machines",
         ordinary_users_only: false,
+        only_to_prepare: false,
     },
     Program {
         name: "mke2fs",
         package: "e2fsprogs",
         why: "format the writable disks of sandboxes",
         ordinary_users_only: false,
+        only_to_prepare: false,
     },
     Program {
         name: "mmdebstrap",
         package: "mmdebstrap",
         why: "build the default image",
         ordinary_users_only: false,
+        only_to_prepare: true,
     },
     Program {
         name: "newuidmap",
         package: "uidmap",
         why: "build the default image without being root",
         ordinary_users_only: true,
+        only_to_prepare: true,
     },
     Program {
         name: "apt-get",
         package: "apt",
         why: "download the guest kernel and the packages of the default image",
         ordinary_users_only: false,
+        only_to_prepare: true,
     },
     Program {
         name: "apt-cache",
         package: "apt",
         why: "find the current guest kernel",
         ordinary_users_only: false,
+        only_to_prepare: true,
     },
     Program {
         name: "dpkg-deb",
         package: "dpkg",
         why: "unpack the guest kernel",
         ordinary_users_only: false,
+        only_to_prepare: true,
     },
 ];
 
@@ -81,6 +90,7 @@ pub const USER_NETWORK_PROGRAMS: &[Program] = &[Program {
     package: "passt",
     why: "connect networks of an ordinary user's sandboxes with the host's",
     ordinary_users_only: true,
+    only_to_prepare: false,
 }];
 
 /// The program that connects an ordinary user's network with the host's.
@@ -95,6 +105,7 @@ const fn kernel_program(name: &'static str, package: &'static str) -> Program {
         package,
         why: "compile a guest kernel",
         ordinary_users_only: false,
+        only_to_prepare: true,
     }
 }
 
@@ -117,6 +128,8 @@ pub struct Missing {
     pub package: &'static str,
     /// What it is needed for: completes "needed to ...".
     pub why: &'static str,
+    /// Whether it is needed to make a kernel or the default image, and not any more when they are there.
+    pub only_to_prepare: bool,
 }
 
 impl Programs {
@@ -162,6 +175,7 @@ impl Programs {
                 program: p.name,
                 package: p.package,
                 why: p.why,
+                only_to_prepare: p.only_to_prepare,
             })
             .collect()
     }
@@ -181,6 +195,7 @@ impl Programs {
                 program: p.name,
                 package: p.package,
                 why: p.why,
+                only_to_prepare: p.only_to_prepare,
             })
             .collect()
     }

@@ -363,19 +363,39 @@ Example:
 
 Refused while a sandbox needs it. Its shared disk goes with it.")]
 pub(crate) struct DeleteArgs {
-    /// The image
+    /// The images
+    #[arg(required = true, value_name = "NAME")]
     #[arg(add = ArgValueCandidates::new(complete::images))]
-    name: String,
+    names: Vec<String>,
 }
 
-/// Removes an image.
+/// Removes images; the first that fails ends it, and those before it are told.
 pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliError> {
-    let removed = cx.engine(None)?.remove_image(&args.name)?;
-    cx.out.line(&removed.name)?;
-    Ok(json!({
-        "deleted": [removed.name],
-        "digest": removed.digest,
-        "freed_bytes": removed.freed_bytes,
+    let engine = cx.engine(None)?;
+    let mut deleted = Vec::new();
+    let mut digests = Vec::new();
+    let mut freed_bytes = 0;
+    let mut error = None;
+    for name in &args.names {
+        match engine.remove_image(name) {
+            Ok(removed) => {
+                cx.out.line(&removed.name)?;
+                deleted.push(removed.name);
+                digests.push(removed.digest);
+                freed_bytes += removed.freed_bytes;
+            }
+            Err(failure) => {
+                error = Some(failure.into());
+                break;
+            }
+        }
+    }
+    Ok(Outcome {
+        data: json!({
+            "deleted": deleted,
+            "digests": digests,
+            "freed_bytes": freed_bytes,
+        }),
+        error,
     })
-    .into())
 }

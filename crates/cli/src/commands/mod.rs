@@ -240,15 +240,15 @@ fn verb(command: Command) -> (&'static str, Verb) {
         },
         Command::Kernel(group) => match group.command {
             Some(KernelCommand::Build(args)) => verb!("kernel.build", kernel::build, args),
-            Some(KernelCommand::Ls(args)) => verb!("kernel.ls", kernel::list, args),
-            Some(KernelCommand::Rm(args)) => verb!("kernel.rm", kernel::remove, args),
+            Some(KernelCommand::List(args)) => verb!("kernel.list", kernel::list, args),
+            Some(KernelCommand::Delete(args)) => verb!("kernel.delete", kernel::remove, args),
             None => ("kernel", Verb::Help(&["kernel"])),
         },
         Command::Prune(args) => sandbox(SandboxCommand::Prune(args)),
         Command::Template(group) => match group.command {
             Some(TemplateCommand::Build(args)) => verb!("template.build", template::build, args),
-            Some(TemplateCommand::Ls(args)) => verb!("template.ls", template::list, args),
-            Some(TemplateCommand::Rm(args)) => verb!("template.rm", template::remove, args),
+            Some(TemplateCommand::List(args)) => verb!("template.list", template::list, args),
+            Some(TemplateCommand::Delete(args)) => verb!("template.delete", template::remove, args),
             None => ("template", Verb::Help(&["template"])),
         },
         Command::Volume(group) => match group.command {
