@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType, sockopt};
@@ -30,6 +30,12 @@ use crate::users;
 /// Connections the guest's kernel holds for one listener; it cuts more than that to its own limit
 /// (listen(2)).
 const BACKLOG: i32 = 128;
+/// How long a guest without a free descriptor is left alone before a listener tries again: nothing tells
+/// when there is one.
+const STARVED_TIME: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Connections of all listeners that nobody took up yet.
 #[derive(Debug, Default)]
@@ -210,6 +216,7 @@ fn serve(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<Las
     stream.send_event(&Event::Listening(Listening {
         port: listener.port,
     }))?;
+    let mut starved = false;
     loop {
         let mut mailbox = stream.mailbox();
         if mailbox.reset {
@@ -229,27 +236,31 @@ fn serve(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<Las
         let has_room = agent.untaken.of(stream) < ACCEPTED_MAX;
         let mut fds = Vec::with_capacity(2);
         fds.push(PollFd::from_borrowed_fd(stream.wake_fd(), PollFlags::IN));
-        if has_room {
+        if has_room && !starved {
             fds.push(PollFd::new(&listener.socket, PollFlags::IN));
         }
-        let _ = rustix::event::poll(&mut fds, None);
+        let limit = starved.then_some(&STARVED_TIME);
+        let _ = rustix::event::poll(&mut fds, limit);
         let woken = !fds[0].revents().is_empty();
         let came = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         drop(fds);
         if woken {
             stream.clear_wake();
         }
-        if came {
-            take_one(agent, stream, listener)?;
-        }
+        starved = came && !take_one(agent, stream, listener)?;
     }
 }
 
-fn take_one(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<(), Gone> {
-    // Whoever gave up meanwhile is no reason to end; neither is a lack of descriptors, which the
-    // next one that closes ends.
-    let Ok((socket, address)) = rustix::net::acceptfrom_with(&listener.socket, FLAGS) else {
-        return Ok(());
+/// Whether the guest has descriptors and memory for another connection, which then was taken, if it was
+/// still there.
+fn take_one(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<bool, Gone> {
+    let (socket, address) = match rustix::net::acceptfrom_with(&listener.socket, FLAGS) {
+        Ok(accepted) => accepted,
+        // The connection stays in the kernel's queue, so that the listener would be found ready at once
+        // again (accept(2)).
+        Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => return Ok(false),
+        // Whoever gave up meanwhile is no reason to end.
+        Err(_) => return Ok(true),
     };
     let peer = address.and_then(internet);
     if peer.is_some() {
@@ -264,7 +275,8 @@ fn take_one(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<
         socket,
         peer: name,
     });
-    stream.send_event(&Event::Accepted(Accepted { connection, peer }))
+    stream.send_event(&Event::Accepted(Accepted { connection, peer }))?;
+    Ok(true)
 }
 
 fn internet(address: SocketAddrAny) -> Option<Internet> {

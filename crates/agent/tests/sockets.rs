@@ -496,3 +496,22 @@ fn datagrams_that_nobody_takes_end_nothing() {
     guest.end_input(stream);
     guest.finish(stream).done();
 }
+
+#[test]
+fn a_connection_that_finds_no_free_descriptor_is_announced_when_there_is_one() {
+    let mut guest = Guest::start();
+    let on = guest.open(&listen(Endpoint::localhost(0)));
+    let port = listening(&mut guest, on);
+    // No descriptor is below it but those for standard streams.
+    let before = guest.limit_descriptors(3);
+    let client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it listens");
+    // It serves meanwhile: another stream would take descriptors, too.
+    let other = Request::Accept(AcceptRequest { connection: 99 });
+    assert_eq!(guest.ask(&other).kind(), FailureKind::TooMany);
+    guest.limit_descriptors(before);
+    let announced = accepted(&mut guest, on);
+    let own = client.local_addr().expect("connected");
+    assert_eq!(announced.peer, Some(internet(own)));
+    guest.end_input(on);
+    guest.finish(on).done();
+}

@@ -179,6 +179,9 @@ pub struct MissingPackage {
     pub only_to_prepare: bool,
 }
 
+/// Most time that is given to each removal of a sandbox that a start waits for.
+const REMOVAL_TIME: Duration = Duration::from_secs(10);
+
 impl Engine {
     /// An engine for this configuration.
     #[must_use]
@@ -994,7 +997,15 @@ impl Engine {
         // A run that was cut short may have left its own.
         network::release(self.os(), self.layout(), store, &row.id)?;
         let config = &self.config().network;
-        let own = network::allocate(store, &row.id, mode, config, &BTreeSet::new())?;
+        let allocate =
+            |store: &mut Store| network::allocate(store, &row.id, mode, config, &BTreeSet::new());
+        let own = match allocate(store) {
+            // Whoever deleted a sandbox was answered before its address was given back.
+            Err(error) if error.kind() == ErrorKind::Busy && self.await_removals(store)? => {
+                allocate(store)?
+            }
+            own => own?,
+        };
         let launch = NetworkLaunch::new(&own, self.layout(), &row.spec.network, config)?;
         Ok(NetworkLaunch {
             uplink: match mode {
@@ -1003,6 +1014,28 @@ impl Engine {
             },
             ..launch
         })
+    }
+
+    /// Waits until the networks of sandboxes that are being deleted have been given back; says whether
+    /// there were any.
+    fn await_removals(&self, store: &mut Store) -> Result<bool> {
+        let mut waited = false;
+        for network in store.networks()? {
+            let row = store.sandbox(&network.sandbox_id)?;
+            let Some(row) = row.filter(|row| row.state == State::Deleting) else {
+                continue;
+            };
+            waited = true;
+            if let Some(holder) = open_holder(&row)? {
+                wait_for_any(
+                    &mut [PollFd::new(&holder, PollFlags::IN)],
+                    Some(REMOVAL_TIME),
+                )?;
+            }
+        }
+        // What its keeper did not do.
+        teardown::reconcile(self.os(), self.layout(), store)?;
+        Ok(waited)
     }
 
     /// The facts for a machine, with a network device or without, and with the engine that is chosen, or

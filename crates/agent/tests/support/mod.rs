@@ -76,6 +76,22 @@ impl Guest {
         Self::with_cgroups(cgroup_directory())
     }
 
+    /// Lets the agent have no new descriptor of this number or above (`RLIMIT_NOFILE`), and says what
+    /// the limit was.
+    pub(crate) fn limit_descriptors(&self, below: u64) -> u64 {
+        let pid = i32::try_from(self.agent.id()).ok();
+        let pid = pid.and_then(rustix::process::Pid::from_raw);
+        let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let limit = rustix::process::Rlimit {
+            current: Some(below),
+            maximum: before.maximum,
+        };
+        rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit)
+            .expect("a limit")
+            .current
+            .expect("there is one")
+    }
+
     /// Starts an agent that has to do without control groups.
     pub(crate) fn without_cgroups() -> Self {
         Self::with_cgroups(None)

@@ -64,6 +64,33 @@ fn a_sandbox_reaches_what_its_network_lets_it_and_leaves_nothing() {
     assert_eq!(lab.hello(SERVER), us);
 }
 
+#[test]
+fn the_last_address_is_had_again_as_soon_as_its_sandbox_is_deleted() {
+    if !may_network() {
+        return;
+    }
+    let site = Site::new(1);
+    let settings = site.home.data().join("config.toml");
+    std::fs::write(settings, "[network]\nprefix = \"172.30.9.0/30\"\n").expect("settings");
+    let create = |name| {
+        let words = ["create", "--name", name, "--network", "open"];
+        site.lab.run(site.home.smolvm(words))
+    };
+    create("first").ok();
+    create("second").expect(1).complains_of(&[
+        "all 1 addresses of the network 172.30.9.0/30",
+        "network.prefix",
+    ]);
+    // Whoever deletes is answered before the keeper has given everything back.
+    for _ in 0..4 {
+        site.smolvm(&["rm", "first"]);
+        create("first").ok();
+    }
+    assert_eq!(site.address("first"), "172.30.9.2");
+    site.smolvm(&["rm", "first"]);
+    site.home.is_clean();
+}
+
 /// A home whose sandboxes are on a lab's host.
 pub(crate) struct Site {
     pub(crate) home: Home,
