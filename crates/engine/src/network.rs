@@ -434,8 +434,17 @@ impl Engine {
         let pool = self.config().network.pool()?;
         let used = match Store::open_existing(&self.layout().database())? {
             Some(mut store) => {
-                teardown::reconcile(self.os(), self.layout(), &mut store)?;
-                store.networks()?.len()
+                let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
+                let going = |id: &str| {
+                    rows.iter()
+                        .any(|row| row.id == id && row.state == State::Deleting)
+                };
+                let networks = store.networks()?;
+                // A start that needs the address of one that goes waits for it.
+                networks
+                    .iter()
+                    .filter(|network| !going(&network.sandbox_id))
+                    .count()
             }
             None => 0,
         };

@@ -412,7 +412,21 @@ pub fn bind_all(os: &Os, side: &HostSide, published: &[PublishedPort]) -> Result
     published.iter().map(|port| bind(os, side, port)).collect()
 }
 
-/// Which port of the host is meant by `[IP:]PORT[/tcp|/udp]`, among those that a sandbox publishes.
+/// Takes the guest's port off `[IP:]HOST:GUEST`, as whoever published it wrote it.
+fn without_guest(text: &str) -> (&str, Option<u16>) {
+    let is_port = |text: &str| text.parse::<u16>().is_ok();
+    match text.rsplit_once(':') {
+        Some((rest, guest)) if is_port(rest.rsplit(':').next().unwrap_or(rest)) => {
+            // What is no port is told as the host's.
+            guest
+                .parse()
+                .map_or((text, None), |guest| (rest, Some(guest)))
+        }
+        _ => (text, None),
+    }
+}
+
+/// Which port of the host is meant by `[IP:]PORT[:GUEST][/tcp|/udp]`, among those that a sandbox publishes.
 fn find(ports: &[PublishedPort], name: &str, text: &str) -> Result<HostPort> {
     let wrong = |kind, why: String| {
         Error::new(kind, why).hint(format!("see its ports with `smolvm port list {name}`"))
@@ -421,6 +435,7 @@ fn find(ports: &[PublishedPort], name: &str, text: &str) -> Result<HostPort> {
         Some((rest, protocol)) => (rest, Some(protocol.parse::<Protocol>()?)),
         None => (text, None),
     };
+    let (rest, guest) = without_guest(rest);
     let (address, port) = host_part(rest).map_err(|why| {
         wrong(
             ErrorKind::InvalidInput,
@@ -428,7 +443,9 @@ fn find(ports: &[PublishedPort], name: &str, text: &str) -> Result<HostPort> {
         )
     })?;
     let any_address = !rest.contains(':');
-    let mut matching = ports.iter().map(|port| port.host).filter(|host| {
+    let of_guest = |port: &&PublishedPort| guest.is_none_or(|guest| port.guest == guest);
+    let hosts = ports.iter().filter(of_guest).map(|port| port.host);
+    let mut matching = hosts.filter(|host| {
         host.port == port
             && (any_address || host.address == address)
             && protocol.is_none_or(|protocol| host.protocol == protocol)
@@ -450,7 +467,7 @@ fn find(ports: &[PublishedPort], name: &str, text: &str) -> Result<HostPort> {
 }
 
 impl Engine {
-    /// The port of the host that is meant by `[IP:]PORT[/tcp|/udp]`, among those that a sandbox
+    /// The port of the host that is meant by `[IP:]PORT[:GUEST][/tcp|/udp]`, among those that a sandbox
     /// publishes. What is left out may be anything.
     ///
     /// # Errors
@@ -686,11 +703,16 @@ mod tests {
         assert_eq!(found("8080/tcp").expect("one"), "127.0.0.1:8080/tcp");
         assert_eq!(found("81").expect("one"), "0.0.0.0:81/tcp");
         assert_eq!(found("[::1]:82").expect("one"), "[::1]:82/tcp");
+        // As it was published, too.
+        assert_eq!(found("8080:80").expect("one"), "127.0.0.1:8080/tcp");
+        assert_eq!(found("0.0.0.0:81:1").expect("one"), "0.0.0.0:81/tcp");
+        assert_eq!(found("[::1]:82:1").expect("one"), "[::1]:82/tcp");
         let kind = |text| found(text).expect_err(text).kind();
         assert_eq!(kind("8080"), ErrorKind::InvalidInput);
         assert_eq!(kind("x"), ErrorKind::InvalidInput);
         assert_eq!(kind("80/sctp"), ErrorKind::InvalidInput);
         assert_eq!(kind("80"), ErrorKind::NotFound);
+        assert_eq!(kind("81:2"), ErrorKind::NotFound);
         assert_eq!(kind("127.0.0.1:81"), ErrorKind::NotFound);
     }
 

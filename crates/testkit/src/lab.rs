@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io::{Read as _, Write as _};
+use std::io::{Read, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -27,6 +27,10 @@ pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 /// Port of the server and of a service of the host; it says which address called.
 pub const HELLO_PORT: u16 = 80;
+
+/// Port of the server where what a caller sends is sent back when all of it is there; how many bytes that
+/// are is said by the first four, little-endian.
+pub const ECHO_PORT: u16 = 81;
 
 /// Whether a test of the network can be: as root. An ordinary user is told on standard error, past the
 /// harness that keeps what passing tests print to itself.
@@ -188,6 +192,7 @@ impl Lab {
         let known = Arc::clone(&names);
         server.run(move || {
             say_hello(HELLO_PORT);
+            send_back(ECHO_PORT);
             answer_lookups(SERVER, known);
         });
         let known = Arc::clone(&names);
@@ -287,6 +292,26 @@ fn say_hello(port: u16) {
                 let peer = stream.peer_addr().map(|peer| peer.ip());
                 let peer = peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
                 let _ = stream.write_all(peer.to_string().as_bytes());
+            });
+        }
+    });
+}
+
+/// Sends each caller what it sent, once it has sent all.
+fn send_back(port: u16) {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("a listener");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { break };
+            std::thread::spawn(move || {
+                let mut length = [0; 4];
+                if stream.read_exact(&mut length).is_err() {
+                    return;
+                }
+                let mut all = Vec::new();
+                let length = u64::from(u32::from_le_bytes(length));
+                let _ = Read::by_ref(&mut stream).take(length).read_to_end(&mut all);
+                let _ = stream.write_all(&all);
             });
         }
     });

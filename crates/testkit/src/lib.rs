@@ -32,7 +32,8 @@ pub use home::{Home, HomeBuilder, Sandbox};
 pub use images::{Entry, Registry, TestImage, digest, targz};
 pub use invocation::{Finished, Invocation, Running};
 pub use lab::{
-    HELLO_PORT, HOST, Lab, METADATA, Namespace, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,
+    ECHO_PORT, HELLO_PORT, HOST, Lab, METADATA, Namespace, OTHER_SERVER, PRIVATE_SERVER, SERVER,
+    may_network,
 };
 pub use terminal::Terminal;
 pub use watch::{Entries, PATIENCE, Process, processes_mentioning};

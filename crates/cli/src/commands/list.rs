@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
                 "preset": null,
                 "status": sandbox.state.as_str(),
                 "pid": sandbox.vmm_pid,
-                "ip_address": null,
+                "ip_address": sandbox.address,
                 "ssh_port": sandbox.ssh_port,
                 "ports": port::describe_all(&sandbox.ports),
                 "image": sandbox.image,

@@ -183,11 +183,14 @@ impl Network {
             None if self.allow.is_empty() => Reach::Off,
             None => Reach::Listed,
         };
-        let allowed = self.allow.iter().map(|text| text.parse());
-        Ok(NetworkSpec {
-            reach,
-            allowed: allowed.collect::<smolvm_engine::Result<_>>()?,
-        })
+        let mut allowed = Vec::new();
+        for text in &self.allow {
+            let one = text.parse()?;
+            if !allowed.contains(&one) {
+                allowed.push(one);
+            }
+        }
+        Ok(NetworkSpec { reach, allowed })
     }
 }
 

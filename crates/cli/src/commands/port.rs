@@ -41,7 +41,7 @@ pub(crate) struct CloseArgs {
     /// The sandbox
     #[arg(add = ArgValueCandidates::new(complete::sandboxes))]
     name: String,
-    /// Port of the host: [IP:]HOST[/tcp|/udp]
+    /// Port of the host: [IP:]HOST[:GUEST][/tcp|/udp]
     #[arg(required = true, value_name = "PORT", add = ArgValueCandidates::new(complete::ports))]
     ports: Vec<String>,
 }

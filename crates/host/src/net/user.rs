@@ -42,8 +42,9 @@ use super::{sys, tap};
 use crate::error::{HostError, HostErrorKind};
 use crate::os::Os;
 
-/// The device through which the namespace reaches the host. Guests' devices have another prefix.
-const UPLINK: &str = "uplink0";
+/// The device through which the namespace reaches the host. Guests' devices have another prefix. The
+/// firewall has a rule for it, which is to mean no device of anybody else.
+pub(super) const UPLINK: &str = "up-smolvm";
 /// Addresses of the link between the namespace and `pasta`, which nobody else sees: from
 /// 192.0.0.0/29, which RFC 6333 (section 5.7) sets aside for such links.
 const UPLINK_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 2);

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde_json::Value;
 use smolvm_testkit::{
-    HOST, Home, Lab, METADATA, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,
+    ECHO_PORT, HOST, Home, Lab, METADATA, OTHER_SERVER, PRIVATE_SERVER, SERVER, may_network,
 };
 
 /// Says for each address what became of a connection to it: the address the other end saw, or the
@@ -19,6 +19,16 @@ for to in sys.argv[1:]:
         print('no address')
     except OSError as e:
         print(errno.errorcode.get(e.errno, e))
+";
+
+/// Sends bytes to an address, and compares what comes back.
+const TALK: &str = "
+import random, socket, sys
+data = random.Random(1).randbytes(3_000_000)
+for size in (1, 3_000_000):
+    s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 60)
+    s.sendall(size.to_bytes(4, 'little') + data[:size])
+    print(s.makefile('rb').read() == data[:size])
 ";
 
 #[test]
@@ -47,6 +57,16 @@ fn a_sandbox_reaches_what_its_network_lets_it_and_leaves_nothing() {
     );
     home.is_clean();
     let picture = lab.picture();
+    let talk = [
+        "--",
+        "python3",
+        "-c",
+        TALK,
+        &SERVER.to_string(),
+        &ECHO_PORT.to_string(),
+    ];
+    let talk = home.smolvm(["run", "--network", "open"]).args(talk);
+    assert_eq!(lab.run(talk).ok().out(), "True\nTrue\n");
 
     let listed = run(
         &["--allow", "198.51.100.10", "--allow", "10.0.0.0/8"],
@@ -87,6 +107,7 @@ fn the_last_address_is_had_again_as_soon_as_its_sandbox_is_deleted() {
         create("first").ok();
     }
     assert_eq!(site.address("first"), "172.30.9.2");
+    assert_eq!(site.json(&["ls"])["vms"][0]["ip_address"], "172.30.9.2");
     site.smolvm(&["rm", "first"]);
     site.home.is_clean();
 }
@@ -112,6 +133,13 @@ impl Site {
     pub(crate) fn json(&self, words: &[&str]) -> Value {
         let words = [&["--json"], words].concat();
         self.lab.run(self.home.smolvm(words)).ok().json()["data"].clone()
+    }
+
+    /// Sends a sandbox's bytes to the server and back, a few and many.
+    pub(crate) fn talk(&self, name: &str) {
+        let to = [SERVER.to_string(), ECHO_PORT.to_string()];
+        let words = ["exec", name, "--", "python3", "-c", TALK, &to[0], &to[1]];
+        assert_eq!(self.smolvm(&words), "True\nTrue\n");
     }
 
     /// What became of connections of a sandbox to names or addresses.

@@ -108,6 +108,8 @@ fn an_ordinary_users_sandbox_reaches_what_its_network_lets_it() {
         ),
         [us, UNKNOWN, UNKNOWN, DENIED]
     );
+    // Whole conversations, which the guest begins.
+    site.talk("box");
     // What nobody reaches.
     let never = [HOST, PRIVATE_SERVER, METADATA, Ipv4Addr::new(172, 16, 0, 1)];
     let never = never.map(|address| address.to_string());

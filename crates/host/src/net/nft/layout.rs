@@ -6,7 +6,8 @@
 //! ```text
 //! chain prerouting  { iifname "smol*": IPv6 dropped; device . source not in @guests dropped }
 //! chain forward     { iifname "smol*" goto from_guest; oifname "smol*" goto to_guest }
-//! chain input       { iifname "smol*" goto to_host }
+//! chain input       { iifname "smol*" goto to_host
+//!                     from the uplink of an ordinary user's network, of no connection: dropped }
 //! chain from_guest  { to another guest: deny
 //!                     ct label in @live: accept
 //!                     destination in @never and source . destination not in @exceptions: deny
@@ -29,6 +30,10 @@
 //! `@live`. A connection of an earlier guest with the same address has another label. The label is the connection's own 128
 //! bits (`ct label`), not the mark, which hosts use for routing.
 //!
+//! **The uplink.** `pasta` of Debian 12 tells a guest of its window in a segment without any flag, which
+//! connection tracking takes to be of no connection. So it is not translated back, and the namespace itself
+//! would answer it with a reset, at which `pasta` gives the guest's connection up.
+//!
 //! **Closed.** A device `smol*` that has no entry cannot send. An address that has no policy reaches
 //! nothing. Verdicts here cannot open what another table of the host drops.
 
@@ -37,6 +42,7 @@ use super::wire::{
     Meta, NEW_CHAIN, NEW_ELEMENT, NEW_RULE, NEW_SET, NEW_TABLE, Register, Rule, value, verdict,
 };
 use crate::net::tap::NAME_PREFIX;
+use crate::net::user::UPLINK;
 
 /// The table's name, in family `inet`.
 pub(super) const TABLE: &str = "smolvm";
@@ -260,7 +266,16 @@ fn chains() -> Vec<(&'static str, Option<Hook>, Vec<Rule>)> {
         (
             "input",
             Some(("filter", INPUT, 0)),
-            vec![from_device().goto("to_host")],
+            vec![
+                from_device().goto("to_host"),
+                Rule::new()
+                    .meta(Meta::InputName, r(0))
+                    .equals(r(0), UPLINK.as_bytes())
+                    .connection(Connection::State, r(0))
+                    .mask(r(0), INVALID)
+                    .differs(r(0), &[0; 4])
+                    .drop(),
+            ],
         ),
         (
             "from_guest",
@@ -387,6 +402,7 @@ fn chains() -> Vec<(&'static str, Option<Hook>, Vec<Rule>)> {
 }
 
 /// Bits of `ct state`, linux/netfilter/nf_conntrack_common.h.
+const INVALID: u32 = 1 << 0;
 const ESTABLISHED: u32 = 1 << 1;
 const RELATED: u32 = 1 << 2;
 /// `ct direction` of answers.
