@@ -35,6 +35,7 @@ mod grow;
 mod init;
 mod list;
 mod listen;
+mod mount;
 mod network;
 mod port;
 mod reap;

@@ -23,7 +23,8 @@ use crate::shutdown::Disks;
 use crate::stream::{Broken, Last, Stop, Stream};
 use crate::workers::Workers;
 use crate::{
-    birth, connect, console, datagrams, exec, extract, facts, files, grow, list, listen, shutdown,
+    birth, connect, console, datagrams, exec, extract, facts, files, grow, list, listen, mount,
+    shutdown,
 };
 
 /// Bytes taken from the port at one time.
@@ -418,5 +419,6 @@ fn carry_out(agent: &Arc<Agent>, stream: &Arc<Stream>, request: &Request) -> Res
         Request::Datagrams(request) => datagrams::datagrams(stream, request),
         Request::Grow(request) => grow::grow(agent, request).map_err(Stop::from),
         Request::Settle => Ok(shutdown::settle(agent)),
+        Request::Mount(request) => mount::mount(stream, request),
     }
 }

@@ -34,6 +34,7 @@ const MODULES: &[&str] = &[
     "ext4",
     NIC_DRIVER,
     VSOCK_DRIVER,
+    FUSE_DRIVER,
 ];
 
 /// The driver of the network device.
@@ -41,6 +42,9 @@ const NIC_DRIVER: &str = "virtio_net";
 
 /// The driver of the channel to the agent that Firecracker has.
 const VSOCK_DRIVER: &str = "vmw_vsock_virtio_transport";
+
+/// The driver of mounts.
+const FUSE_DRIVER: &str = "fuse";
 
 /// What is loaded only into Firecracker's machines: that driver and what it needs.
 const VSOCK_MODULES: &[&str] = &[
@@ -332,6 +336,11 @@ impl Assets<'_> {
     }
 }
 
+/// Refuses a kernel in which no directory of the host can be mounted.
+pub(crate) fn refuse_without_mounts(kernel: &Kernel) -> Result<()> {
+    refuse_without(kernel, FUSE_DRIVER, "directories of the host (FUSE)")
+}
+
 /// Refuses a kernel of a distribution that was unpacked when a driver was not needed yet. Others have
 /// everything built in, or it is their maker's business.
 fn refuse_without(kernel: &Kernel, driver: &str, what: &str) -> Result<()> {
@@ -347,7 +356,9 @@ fn refuse_without(kernel: &Kernel, driver: &str, what: &str) -> Result<()> {
 
 /// Whether a kernel of a distribution has every driver that a machine may need.
 pub(crate) fn has_drivers(kernel: &Kernel) -> bool {
-    has(kernel, NIC_DRIVER) && has(kernel, VSOCK_DRIVER)
+    [NIC_DRIVER, VSOCK_DRIVER, FUSE_DRIVER]
+        .iter()
+        .all(|driver| has(kernel, driver))
 }
 
 fn has(kernel: &Kernel, driver: &str) -> bool {

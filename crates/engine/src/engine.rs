@@ -20,7 +20,8 @@ use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
 
 use crate::assets::{
-    Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, lost_image, unknown_image,
+    Assets, Hardware, STOCK_KERNEL, Watcher, has_drivers, lost_image, refuse_without_mounts,
+    unknown_image,
 };
 use crate::config::Config;
 use crate::engines::{EngineChoice, EngineName};
@@ -29,6 +30,7 @@ use crate::facts::{self, Acceleration};
 use crate::kernels;
 use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
+use crate::mounts::{self, Mount};
 use crate::names;
 use crate::network::{self, NetworkLaunch, NetworkSpec};
 use crate::plan::{self, HostFacts, Layer};
@@ -120,6 +122,8 @@ pub struct SandboxInfo {
     pub ports: Vec<PublishedPort>,
     /// Volumes that are mounted in it.
     pub volumes: Vec<VolumeUse>,
+    /// Directories of the host that it sees.
+    pub mounts: Vec<Mount>,
 }
 
 /// An image in the store.
@@ -392,6 +396,7 @@ impl Engine {
             disk_used_bytes,
             ports: row.spec.ports,
             volumes: row.spec.volumes,
+            mounts: row.spec.mounts,
         }
     }
 
@@ -872,6 +877,11 @@ impl Engine {
         let facts = self.host_facts(store, row, nic, of_snapshot)?;
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
         let volumes = self.volume_launches(store, row)?;
+        if !row.spec.mounts.is_empty() {
+            mounts::refuse_missing(&row.spec.name, &row.spec.mounts)?;
+            let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
+            refuse_without_mounts(&kernel)?;
+        }
         let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
         let layer = plan::layer(row, self.layout());
         if let (Layer::File(path), DiskMode::Isolated) = (&layer, row.spec.disk_mode) {

@@ -14,6 +14,7 @@ use smolvm_vmm::VmPlan;
 
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::{SOCKET_NAME, SandboxDir};
+use crate::mounts::Mount;
 use crate::network::NetworkLaunch;
 use crate::ports::PublishedPort;
 use crate::volumes::VolumeLaunch;
@@ -61,6 +62,8 @@ pub struct Launch {
     pub ssh_ports: PortRange,
     /// Its volumes, whose disks are the last of the machine's, in this order.
     pub volumes: Vec<VolumeLaunch>,
+    /// Directories of the host that it sees.
+    pub mounts: Vec<Mount>,
     /// For the builder of a template: where to write the machine's state.
     pub snapshot: Option<std::path::PathBuf>,
     /// Milliseconds the guest may take from start to ready.

@@ -46,6 +46,7 @@ mod kernels;
 pub mod launch;
 pub mod layout;
 mod listener;
+mod mounts;
 mod names;
 pub mod network;
 mod oci;
@@ -79,6 +80,7 @@ pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{ImageName, RemovedImage};
 pub use kernels::{BuiltKernel, KernelInfo};
 pub use listener::GuestListener;
+pub use mounts::{MOUNTS_MAX, Mount};
 pub use network::{
     ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
 };

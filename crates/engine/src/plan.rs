@@ -128,6 +128,7 @@ pub(crate) fn plan(
         ports: row.spec.ports.clone(),
         ssh_ports: PortRange::default(),
         volumes,
+        mounts: row.spec.mounts.clone(),
         snapshot: None,
         boot_timeout_ms: millis(facts.boot_timeout),
     }

@@ -181,6 +181,10 @@ impl Engine {
         if !spec.volumes.is_empty() {
             return Ok(None);
         }
+        // Members are served nothing; what is asked for is mounted while a machine starts.
+        if !spec.mounts.is_empty() {
+            return Ok(None);
+        }
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Ok(None);
         };

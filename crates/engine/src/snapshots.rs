@@ -829,6 +829,15 @@ fn refuse_uncopyable(row: &SandboxRow) -> Result<()> {
             "copy what is in the volume by `smolvm cp`, or create it without --volume",
         );
     }
+    if let Some(mount) = row.spec.mounts.first() {
+        return refuse(
+            &format!(
+                "it sees {} of this host, whose files it may have open",
+                mount.source.display()
+            ),
+            "copy what it needs by `smolvm cp`, and create it without that -v",
+        );
+    }
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use smolvm_host::oci::ImageConfig;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mounts::{self, Mount};
 use crate::network::NetworkSpec;
 use crate::ports::{self, PublishedPort};
 use crate::ssh::SshSpec;
@@ -189,6 +190,8 @@ pub struct SandboxSpec {
     pub ssh: Option<SshSpec>,
     /// Volumes that are mounted in it.
     pub volumes: Vec<VolumeUse>,
+    /// Directories of the host that it sees.
+    pub mounts: Vec<Mount>,
 }
 
 impl SandboxSpec {
@@ -212,6 +215,7 @@ impl SandboxSpec {
             network: NetworkSpec::off(),
             ssh: None,
             volumes: Vec::new(),
+            mounts: Vec::new(),
         }
     }
 
@@ -278,7 +282,9 @@ impl SandboxSpec {
             )
             .hint("leave --ttl out, or give it more than 0s"));
         }
-        volumes::check(&self.volumes, std::iter::empty())?;
+        let targets = self.mounts.iter().map(|mount| mount.target.as_str());
+        volumes::check(&self.volumes, targets)?;
+        mounts::check(&self.mounts, &self.volumes)?;
         self.network.check()
     }
 }

@@ -36,6 +36,7 @@ pub const MODULES: &[&str] = &[
     "erofs",
     "overlay",
     "ext4",
+    "fuse",
 ];
 
 /// A kernel directory's description of itself, `kernel.json`.

@@ -2,7 +2,7 @@
 //!
 //! Files and locks ([`os`]), processes ([`process`]), disk images ([`disk`]), root file systems
 //! ([`image`]), OCI images ([`oci`]), guest kernels ([`kernel`]), the initial RAM file system ([`initramfs`]), the
-//! network ([`net`]), releases of Firecracker ([`firecracker`]) and the programs all this needs ([`packages`]).
+//! network ([`net`]), directories that guests mount ([`share`]), releases of Firecracker ([`firecracker`]) and the programs all this needs ([`packages`]).
 //!
 //! Nothing here knows what a virtual machine, a sandbox or a database is. Nothing prints, reads
 //! the environment or asks the clock for the date: whatever a function needs is an argument. Every
@@ -28,6 +28,7 @@ pub mod os;
 pub mod packages;
 pub mod process;
 pub mod progress;
+pub mod share;
 mod staging;
 mod sys;
 #[cfg(test)]

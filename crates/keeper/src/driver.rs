@@ -46,6 +46,7 @@ use crate::console::{self, Tail};
 use crate::error::KeeperError;
 use crate::link::{self, Outgoing};
 use crate::member::Said;
+use crate::mounts::{MOUNT_TIME, Mounts};
 use crate::net::Network;
 use crate::ports::{Line, Ports};
 use crate::routes::{ClientId, FromGuest, Routes};
@@ -90,6 +91,8 @@ pub(crate) enum Input {
     StarterGone,
     /// The keeper itself is a client.
     Inside(StdUnixStream),
+    /// All mounts are made, or why not.
+    Mounted(Result<(), String>),
 }
 
 #[derive(Debug)]
@@ -97,6 +100,10 @@ pub(crate) enum Phase {
     Booting {
         deadline: Instant,
         hello: bool,
+    },
+    /// Its mounts are made, before anybody else is heard.
+    Mounting {
+        deadline: Instant,
     },
     /// A member of a pool runs what it is to have run; the first is under way.
     Warming {
@@ -158,6 +165,8 @@ struct Client {
     outgoing: Outgoing,
     writing: JoinHandle<()>,
     owner: bool,
+    /// Whether it is the one that mounts, before any other is heard.
+    mounts: bool,
 }
 
 /// Why the loop ends.
@@ -212,6 +221,7 @@ pub(crate) struct Driver {
     waiting_stop: Vec<Waiter>,
     waiting_destroy: Vec<Waiter>,
     pub(crate) ports: Ports,
+    mounts: Mounts,
     pub(crate) inbox: mpsc::Sender<Input>,
     /// Reports of disks, once the guest serves.
     disk_errors: Option<mpsc::Receiver<DiskError>>,
@@ -341,6 +351,7 @@ pub(crate) async fn run(
         waiting_stop: Vec::new(),
         waiting_destroy: Vec::new(),
         ports: Ports::new(&launch.name, inbox.clone(), ports),
+        mounts: Mounts::default(),
         inbox,
         launch,
         disk_errors: None,
@@ -375,6 +386,7 @@ impl Driver {
         loop {
             let deadline = match self.phase {
                 Phase::Booting { deadline, .. }
+                | Phase::Mounting { deadline }
                 | Phase::Warming { deadline, .. }
                 | Phase::Stopping { deadline } => deadline,
                 Phase::Serving(_) | Phase::Parked(_) => far,
@@ -486,7 +498,10 @@ impl Driver {
             Phase::Stopping { deadline } => {
                 *deadline = (*deadline).min(Instant::now() + SYNC_TIME);
             }
-            Phase::Booting { .. } | Phase::Warming { .. } | Phase::Parked(_) => return false,
+            Phase::Booting { .. }
+            | Phase::Mounting { .. }
+            | Phase::Warming { .. }
+            | Phase::Parked(_) => return false,
         }
         self.ttl = None;
         self.doomed = Some(why);
@@ -519,6 +534,7 @@ impl Driver {
                         outgoing,
                         writing,
                         owner: false,
+                        mounts: false,
                     },
                 );
             }
@@ -541,9 +557,21 @@ impl Driver {
                 why: "the process that started it is gone",
             }),
             Input::Inside(socket) => {
+                let id = self.next_client;
                 self.welcome(socket);
+                // Nobody inside begins anything else before the guest serves.
+                if let (Phase::Mounting { .. }, Some(client)) =
+                    (&self.phase, self.clients.get_mut(&id))
+                {
+                    client.mounts = true;
+                }
                 None
             }
+            Input::Mounted(mounted) => match (mounted, &self.phase) {
+                (Ok(()), Phase::Mounting { .. }) => self.begin_to_serve(),
+                (Err(reason), Phase::Mounting { .. }) => broken(reason),
+                _ => None,
+            },
             Input::Client(client, Some(frame)) => self.hear_client(client, frame).await,
             Input::Client(client, None) => {
                 for frame in self.routes.drop_client(client) {
@@ -686,6 +714,7 @@ impl Driver {
                 None
             }
             Phase::Booting { hello: false, .. }
+            | Phase::Mounting { .. }
             | Phase::Warming { .. }
             | Phase::Parked(_)
             | Phase::Stopping { .. } => None,
@@ -709,6 +738,19 @@ impl Driver {
             self.warm_on();
             return None;
         }
+        if self.launch.mounts.is_empty() {
+            return self.begin_to_serve();
+        }
+        self.phase = Phase::Mounting {
+            deadline: Instant::now() + MOUNT_TIME,
+        };
+        let line = Line::new(&self.launch.name, self.inbox.clone());
+        self.mounts = Mounts::begin(&self.launch.mounts, &line, &self.inbox);
+        None
+    }
+
+    /// The guest has all it is to have.
+    fn begin_to_serve(&mut self) -> Option<End> {
         // Before anybody hears that it serves, so that it can be entered at once.
         let line = Line::new(&self.launch.name, self.inbox.clone());
         let listener = ssh::listen(
@@ -765,12 +807,24 @@ impl Driver {
 
     async fn hear_client(&mut self, client: ClientId, frame: Frame) -> Option<End> {
         if frame.kind != Kind::KeeperOpen {
-            if matches!(self.phase, Phase::Booting { .. }) {
+            let mounts = || {
+                self.clients
+                    .get(&client)
+                    .is_some_and(|client| client.mounts)
+            };
+            let early = match self.phase {
+                Phase::Booting { .. } => true,
+                Phase::Mounting { .. } => !mounts(),
+                _ => false,
+            };
+            if early {
                 if self.early.len() < EARLY_FRAMES_MAX {
                     self.early.push((client, frame));
                 }
-            } else if matches!(self.phase, Phase::Serving(_) | Phase::Stopping { .. })
-                && let Some(frame) = self.routes.route_in(client, frame)
+            } else if matches!(
+                self.phase,
+                Phase::Mounting { .. } | Phase::Serving(_) | Phase::Stopping { .. }
+            ) && let Some(frame) = self.routes.route_in(client, frame)
             {
                 self.pass_to_guest(frame);
             }
@@ -787,7 +841,7 @@ impl Driver {
         match request {
             KeeperRequest::WaitReady => {
                 match &self.phase {
-                    Phase::Booting { .. } | Phase::Warming { .. } => {
+                    Phase::Booting { .. } | Phase::Mounting { .. } | Phase::Warming { .. } => {
                         self.waiting_ready.push(waiter);
                     }
                     Phase::Serving(ready) | Phase::Parked(ready) => {
@@ -910,7 +964,7 @@ impl Driver {
     fn publish(&mut self, mapping: &PortMapping) -> smolvm_engine::Result<PublishedPort> {
         let serves = match self.phase {
             Phase::Serving(_) => true,
-            Phase::Booting { .. } => false,
+            Phase::Booting { .. } | Phase::Mounting { .. } => false,
             Phase::Warming { .. } | Phase::Parked(_) | Phase::Stopping { .. } => {
                 let what = "the sandbox is going down, or is a pool's";
                 return Err(smolvm_engine::Error::new(ErrorKind::NotRunning, what));
@@ -944,7 +998,10 @@ impl Driver {
         }
         match self.phase {
             // A guest that does not serve cannot be asked.
-            Phase::Booting { .. } | Phase::Warming { .. } | Phase::Parked(_) => {
+            Phase::Booting { .. }
+            | Phase::Mounting { .. }
+            | Phase::Warming { .. }
+            | Phase::Parked(_) => {
                 return Some(End::Stopped { forced: true });
             }
             Phase::Stopping { .. } => return None,
@@ -986,6 +1043,13 @@ impl Driver {
         }
         Some(match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: true },
+            Phase::Mounting { .. } => End::Broken {
+                state: State::Error,
+                reason: format!(
+                    "the guest had not mounted its directories of the host after {} s",
+                    MOUNT_TIME.as_secs()
+                ),
+            },
             Phase::Warming { ref left, .. } => End::Broken {
                 state: State::Error,
                 reason: format!(
@@ -1019,7 +1083,7 @@ impl Driver {
         };
         match self.phase {
             Phase::Stopping { .. } => End::Stopped { forced: false },
-            Phase::Booting { .. } | Phase::Warming { .. } => End::Broken {
+            Phase::Booting { .. } | Phase::Mounting { .. } | Phase::Warming { .. } => End::Broken {
                 state: State::Error,
                 reason: format!("the machine ended before the guest was ready: {reason}"),
             },

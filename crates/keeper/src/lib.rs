@@ -11,6 +11,7 @@ mod driver;
 mod error;
 mod link;
 mod member;
+mod mounts;
 mod net;
 mod ports;
 mod routes;

@@ -64,6 +64,24 @@ pub enum Request {
     /// has all of it. Other requests go on being served. [`Event::Done`].
     #[n(13)]
     Settle,
+    /// Mounts a directory that the host serves: [`Event::Connected`] once it is, or [`Event::Failed`].
+    /// Then requests of the guest's kernel come on [`crate::Channel::Output`] and answers go on
+    /// [`crate::Channel::Input`], each a whole message of the FUSE protocol (`linux/fuse.h`), which
+    /// begins with its length in bytes. [`Event::Done`] when it was unmounted; the end of the input or a
+    /// reset breaks the mount, whose files then are errors.
+    #[n(14)]
+    Mount(#[n(0)] MountRequest),
+}
+
+/// A directory of the host's to mount in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MountRequest {
+    /// Absolute path in the guest; made if it is not there.
+    #[n(0)]
+    pub target: ByteVec,
+    /// Whether the guest's kernel refuses writing by itself.
+    #[n(1)]
+    pub read_only: bool,
 }
 
 /// A command to run.

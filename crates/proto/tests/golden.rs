@@ -17,8 +17,8 @@ use smolvm_proto::keeper::{
 };
 use smolvm_proto::message::{
     ArchiveRequest, Birth, Control, Entry, EntryKind, EnvVar, Event, ExecRequest, Exited,
-    ExtractRequest, Facts, Failure, FailureKind, GrowRequest, ListRequest, Network, Program,
-    Request, ShutdownRequest, Started, Volume, WindowSize,
+    ExtractRequest, Facts, Failure, FailureKind, GrowRequest, ListRequest, MountRequest, Network,
+    Program, Request, ShutdownRequest, Started, Volume, WindowSize,
 };
 use smolvm_proto::socket::{
     AcceptRequest, Accepted, ConnectRequest, Connected, DatagramsRequest, Endpoint, Internet,
@@ -271,6 +271,10 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Datagrams(DatagramsRequest { to: internet() }),
         Request::Grow(GrowRequest { bytes: 8 << 30 }),
         Request::Settle,
+        Request::Mount(MountRequest {
+            target: b"/srv/data".to_vec().into(),
+            read_only: true,
+        }),
     ];
     let name = |request: &Request| match request {
         Request::Exec(exec) if exec.stdin => "request.exec.full",
@@ -299,6 +303,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::Datagrams(_) => "request.datagrams",
         Request::Grow(_) => "request.grow",
         Request::Settle => "request.settle",
+        Request::Mount(_) => "request.mount",
     };
     forms.into_iter().map(|form| (name(&form), form)).collect()
 }

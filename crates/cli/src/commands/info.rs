@@ -81,6 +81,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
                 "target": volume.target,
                 "read_only": volume.read_only,
             })).collect::<Vec<_>>(),
+            "mounts": info.mounts.iter().map(|mount| json!({
+                "source": mount.source,
+                "target": mount.target,
+                "read_only": mount.read_only,
+            })).collect::<Vec<_>>(),
             "bridge": null,
             "ephemeral": info.ephemeral,
             // Values may be secrets; names are enough to see what was set.
@@ -171,6 +176,11 @@ fn rows(info: &SandboxInfo, facts: Option<&GuestFacts>) -> Vec<Vec<String>> {
             "Volume",
             Some(format!("{} at {}{mode}", volume.name, volume.target)),
         );
+    }
+    for mount in &info.mounts {
+        let mode = if mount.read_only { ", read-only" } else { "" };
+        let source = mount.source.display();
+        row("Mount", Some(format!("{source} at {}{mode}", mount.target)));
     }
     row("Directory", info.workdir.clone());
     row("User", info.user.clone());

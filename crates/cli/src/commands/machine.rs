@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use smolvm_engine::{
     CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, KernelChoice,
-    MEMORY_MIB_DEFAULT, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo, SandboxSpec,
+    MEMORY_MIB_DEFAULT, Mount, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo, SandboxSpec,
     Session, SshSpec,
 };
 
@@ -129,8 +129,9 @@ pub(crate) struct Machine {
     /// it, without HOST, or with 0, a free port is chosen
     #[arg(short, long, value_name = "PORT")]
     publish: Vec<String>,
-    /// Mount a volume: NAME:GUEST[:ro], such as data:/srv/data
-    #[arg(short, long, value_name = "NAME:GUEST[:ro]")]
+    /// Mount a volume: NAME:GUEST[:ro], such as data:/srv/data; or a directory of this host, whose path
+    /// begins with / or ./: HOST:GUEST, to be read, or HOST:GUEST:rw, to be written as well
+    #[arg(short, long, value_name = "NAME|HOST:GUEST[:ro|rw]")]
     volume: Vec<String>,
     /// Log to standard error; twice for more
     // In place of the global flag, whose short form means a volume here.
@@ -220,6 +221,14 @@ impl Pull {
     }
 }
 
+/// A directory of this host, by a path that may begin in the current one.
+fn mount(text: &str) -> Result<Mount, CliError> {
+    let mount: Mount = text.parse()?;
+    let source = std::path::absolute(&mount.source)
+        .map_err(|error| CliError::io("finding the current directory", error))?;
+    Ok(Mount { source, ..mount })
+}
+
 /// Where changes go; see [`DiskMode`].
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Mode {
@@ -240,6 +249,11 @@ impl Machine {
             None => engine.unused_name()?,
         };
         let kernel = kernel_choice(self.kernel.as_deref())?;
+        let (mounts, volumes): (Vec<&str>, Vec<&str>) = self
+            .volume
+            .iter()
+            .map(String::as_str)
+            .partition(|text| Mount::is_meant(text));
         let spec = SandboxSpec {
             name,
             env: environment(cx, &self.env_file, &self.env)?,
@@ -252,14 +266,15 @@ impl Machine {
                 .map(|text| text.parse())
                 .collect::<smolvm_engine::Result<_>>()?,
             network: self.network.spec()?,
-            volumes: self
-                .volume
-                .iter()
-                .map(|text| text.parse())
+            volumes: volumes
+                .into_iter()
+                .map(str::parse)
                 .collect::<smolvm_engine::Result<_>>()?,
+            mounts: mounts.into_iter().map(mount).collect::<Result<_, _>>()?,
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
+        engine.check_mounts(&spec.name, &spec.mounts)?;
         if spec.network.needs_device() {
             // Before anything is pulled or built for it.
             engine.network_mode()?;

@@ -7,6 +7,7 @@
 
 mod builds;
 mod images;
+mod mounts;
 mod networks;
 pub(crate) mod pools;
 mod ports;

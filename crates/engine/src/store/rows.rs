@@ -10,6 +10,7 @@ use rusqlite::{OptionalExtension as _, Row, named_params, params};
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::process::ProcessIdentity;
 
+use super::mounts::{insert_mounts, mounts};
 use super::networks::{ALLOWED_OF_SANDBOX, insert_allowed, read_allowed};
 use super::ports::{insert_published, published};
 use super::volumes::{insert_uses, refuse_taken, uses};
@@ -258,6 +259,8 @@ impl Store {
             insert_published(&transaction, &row.id, port)?;
         }
         insert_uses(&transaction, &row.id, &row.spec.volumes)?;
+        insert_mounts(&transaction, &row.id, &row.spec.mounts)
+            .map_err(|error| sql(doing(), error))?;
         transaction.commit().map_err(|error| sql(doing(), error))
     }
 
@@ -612,6 +615,8 @@ impl Store {
                 published(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
             row.spec.volumes =
                 uses(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
+            row.spec.mounts =
+                mounts(&self.connection, &row.id).map_err(|error| sql(doing, error))?;
             if row.spec.ssh.is_some() {
                 row.ssh_port = self.ssh_port(&row.id)?.map(|host| host.port);
             }
@@ -675,6 +680,7 @@ fn read_sandbox(row: &Row<'_>) -> rusqlite::Result<SandboxRow> {
             .get::<_, Option<String>>(28)?
             .map(|keys| SshSpec::from_stored(&keys)),
         volumes: Vec::new(),
+        mounts: Vec::new(),
     };
     let boot_id: Option<String> = row.get(20)?;
     let process = |pid: usize, boot_id: &str| -> rusqlite::Result<Option<ProcessIdentity>> {

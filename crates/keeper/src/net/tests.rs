@@ -207,6 +207,7 @@ fn start(home: &Home) -> Launch {
         restore: None,
         park: None,
         volumes: Vec::new(),
+        mounts: Vec::new(),
         snapshot: None,
         boot_timeout_ms: 1,
     }

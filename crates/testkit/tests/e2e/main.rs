@@ -11,6 +11,7 @@ mod files;
 mod guest;
 mod images;
 mod life;
+mod mounts;
 mod network;
 mod oci;
 mod pools;
