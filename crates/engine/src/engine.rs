@@ -714,8 +714,17 @@ impl Engine {
                     let Some(session) = self.attach_when_there(&row).await? else {
                         continue;
                     };
-                    session.wait_ready().await?;
-                    return Ok((session, StartTimes::default()));
+                    match session.wait_ready().await {
+                        Ok(_) => return Ok((session, StartTimes::default())),
+                        // Its machine has ended a moment ago, and its keeper is about to say so.
+                        Err(error)
+                            if error.kind() == ErrorKind::GuestFailed
+                                && row.state == State::Running =>
+                        {
+                            wait_for_end(&row).await?;
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 State::Stopping | State::Deleting => {
                     wait_for_end(&row).await?;
