@@ -108,7 +108,7 @@ pub(crate) async fn image(
     if !missing.is_empty() {
         // Before anything is downloaded that could not be used, or kept.
         engine.make_data_dir()?;
-        programs(engine)?;
+        programs(engine, &missing)?;
         cx.out
             .status(&format!("preparing {}, once", missing.join(" and ")));
     }
@@ -120,8 +120,8 @@ pub(crate) async fn image(
 }
 
 /// Refuses a host that lacks programs.
-fn programs(engine: &Engine) -> Result<(), CliError> {
-    let missing = engine.missing_packages();
+fn programs(engine: &Engine, assets: &[String]) -> Result<(), CliError> {
+    let missing = engine.missing_packages_for(assets);
     if missing.is_empty() {
         return Ok(());
     }

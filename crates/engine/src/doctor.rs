@@ -1,5 +1,7 @@
 //! What `doctor` checks: each with what was found, and how to mend it.
 
+use smolvm_host::packages::Need;
+
 use crate::engine::{Engine, MissingPackage};
 use crate::engines::EngineChoice;
 use crate::facts;
@@ -53,7 +55,7 @@ impl Report {
 /// What it means that a program is not there, and what is to be said beside. `prepared`: the kernel and
 /// the default image are there.
 fn judge(missing: &MissingPackage, prepared: bool) -> (CheckStatus, &'static str) {
-    if missing.only_to_prepare && prepared {
+    if missing.need != Need::Always && prepared {
         (CheckStatus::Warn, ", which has been done")
     } else {
         (CheckStatus::Fail, "")
@@ -267,7 +269,7 @@ mod tests {
                 program: program.to_owned(),
                 package: known.package.to_owned(),
                 why: known.why.to_owned(),
-                only_to_prepare: known.only_to_prepare,
+                need: known.need,
             }
         };
         for (program, prepared, status) in [

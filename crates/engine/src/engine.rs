@@ -14,7 +14,7 @@ use smolvm_host::kernel::Kernel;
 use smolvm_host::net::user::HostSide;
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::os::Os;
-use smolvm_host::packages::{PASTA, Programs};
+use smolvm_host::packages::{Need, PASTA, Programs};
 use smolvm_host::process::ProcessIdentity;
 use smolvm_proto::keeper::{KeeperEvent, KeeperRequest, StopRequest};
 use smolvm_vmm::{Accel, Memory};
@@ -179,8 +179,8 @@ pub struct MissingPackage {
     pub package: String,
     /// What it is needed for.
     pub why: String,
-    /// Whether nothing needs it once the kernel and the default image are there.
-    pub only_to_prepare: bool,
+    /// For how long it is needed.
+    pub need: Need,
 }
 
 /// Most time that is given to each removal of a sandbox that a start waits for.
@@ -504,9 +504,18 @@ impl Engine {
                 program: missing.program.to_owned(),
                 package: missing.package.to_owned(),
                 why: missing.why.to_owned(),
-                only_to_prepare: missing.only_to_prepare,
+                need: missing.need,
             })
             .collect()
+    }
+
+    /// Those of them that it takes to make `assets`, as [`Engine::missing_assets`] names them, and to run
+    /// sandboxes then.
+    #[must_use]
+    pub fn missing_packages_for(&self, assets: &[String]) -> Vec<MissingPackage> {
+        let mut packages = self.missing_packages();
+        packages.retain(|package| takes(package.need, assets));
+        packages
     }
 
     /// Installs Debian packages; only root may. `line` is told each line the package tool prints.
@@ -1294,6 +1303,15 @@ impl Engine {
     }
 }
 
+/// Whether it takes such a program to make these assets and to run sandboxes then.
+fn takes(need: Need, assets: &[String]) -> bool {
+    match need {
+        Need::Always => true,
+        Need::Assets => !assets.is_empty(),
+        Need::Image => assets.iter().any(|asset| asset.starts_with("image ")),
+    }
+}
+
 /// What a start begins from, if not from nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Beginning<'a> {
@@ -1429,4 +1447,23 @@ pub(crate) fn used_below(path: &Path) -> u64 {
         0
     };
     own + below
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_takes_no_program_that_only_images_take() {
+        for (names, some, image) in [
+            (&[][..], false, false),
+            (&["kernel"], true, false),
+            (&["kernel", "image debian-12"], true, true),
+        ] {
+            let assets: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            assert!(takes(Need::Always, &assets));
+            assert_eq!(takes(Need::Assets, &assets), some, "{names:?}");
+            assert_eq!(takes(Need::Image, &assets), image, "{names:?}");
+        }
+    }
 }

@@ -17,8 +17,19 @@ pub struct Program {
     pub why: &'static str,
     /// Whether only ordinary users need it.
     pub ordinary_users_only: bool,
-    /// Whether it is needed to make a kernel or the default image, and not any more when they are there.
-    pub only_to_prepare: bool,
+    /// For how long it is needed.
+    pub need: Need,
+}
+
+/// For how long a program is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// As long as sandboxes are to run.
+    Always,
+    /// Until there is a kernel, and the default image.
+    Assets,
+    /// Until there is the default image.
+    Image,
 }
 
 /// Every program, in the order in which a new user meets them.
@@ -28,49 +39,49 @@ pub const PROGRAMS: &[Program] = &[
         package: "qemu-system-x86",
         why: "run virtual machines",
         ordinary_users_only: false,
-        only_to_prepare: false,
+        need: Need::Always,
     },
     Program {
         name: "mke2fs",
         package: "e2fsprogs",
         why: "format the writable disks of sandboxes",
         ordinary_users_only: false,
-        only_to_prepare: false,
+        need: Need::Always,
     },
     Program {
         name: "mmdebstrap",
         package: "mmdebstrap",
         why: "build the default image",
         ordinary_users_only: false,
-        only_to_prepare: true,
+        need: Need::Image,
     },
     Program {
         name: "newuidmap",
         package: "uidmap",
         why: "build the default image without being root",
         ordinary_users_only: true,
-        only_to_prepare: true,
+        need: Need::Image,
     },
     Program {
         name: "apt-get",
         package: "apt",
         why: "download the guest kernel and the packages of the default image",
         ordinary_users_only: false,
-        only_to_prepare: true,
+        need: Need::Assets,
     },
     Program {
         name: "apt-cache",
         package: "apt",
         why: "find the current guest kernel",
         ordinary_users_only: false,
-        only_to_prepare: true,
+        need: Need::Assets,
     },
     Program {
         name: "dpkg-deb",
         package: "dpkg",
         why: "unpack the guest kernel",
         ordinary_users_only: false,
-        only_to_prepare: true,
+        need: Need::Assets,
     },
 ];
 
@@ -90,7 +101,7 @@ pub const USER_NETWORK_PROGRAMS: &[Program] = &[Program {
     package: "passt",
     why: "connect networks of an ordinary user's sandboxes with the host's",
     ordinary_users_only: true,
-    only_to_prepare: false,
+    need: Need::Always,
 }];
 
 /// The program that connects an ordinary user's network with the host's.
@@ -105,7 +116,7 @@ const fn kernel_program(name: &'static str, package: &'static str) -> Program {
         package,
         why: "compile a guest kernel",
         ordinary_users_only: false,
-        only_to_prepare: true,
+        need: Need::Assets,
     }
 }
 
@@ -128,8 +139,8 @@ pub struct Missing {
     pub package: &'static str,
     /// What it is needed for: completes "needed to ...".
     pub why: &'static str,
-    /// Whether it is needed to make a kernel or the default image, and not any more when they are there.
-    pub only_to_prepare: bool,
+    /// For how long it is needed.
+    pub need: Need,
 }
 
 impl Programs {
@@ -175,7 +186,7 @@ impl Programs {
                 program: p.name,
                 package: p.package,
                 why: p.why,
-                only_to_prepare: p.only_to_prepare,
+                need: p.need,
             })
             .collect()
     }
@@ -195,7 +206,7 @@ impl Programs {
                 program: p.name,
                 package: p.package,
                 why: p.why,
-                only_to_prepare: p.only_to_prepare,
+                need: p.need,
             })
             .collect()
     }

@@ -77,8 +77,8 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, CliError> {
     let began = Instant::now();
     let wanted = args.wanted()?;
     let engine = cx.engine(None)?;
-    let packages = engine.missing_packages();
     let mut assets = engine.missing_assets(&args.image, &KernelChoice::Stock, true)?;
+    let packages = engine.missing_packages_for(&assets);
     if let Some(Wanted { release, .. }) = &wanted
         && !has(&engine, release)
     {
