@@ -9,7 +9,7 @@ use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
 use smolvm_engine::{
-    Config, NetworkConfig, ProxySettings, RegistrySettings, SETTINGS_NAME, Settings,
+    Config, NetworkConfig, ProxySettings, RegistrySettings, RegistryTable, SETTINGS_NAME, Settings,
 };
 
 use crate::args::Globals;
@@ -92,6 +92,7 @@ impl World {
         let data_dir = std::path::absolute(&data_dir)
             .map_err(|error| CliError::io("finding the current directory", error))?;
         let settings = settings(&data_dir.join(SETTINGS_NAME))?;
+        let directory = data_dir.clone();
         Ok(Config {
             data_dir,
             keeper: program("SMOLVM_KEEPER", "smolvm-keeper"),
@@ -104,7 +105,7 @@ impl World {
                 prefix: settings.network.prefix.net(),
                 ..NetworkConfig::default()
             },
-            registries: registries(),
+            registries: registries(&settings.registries, &directory),
             boot_timeout: boot_timeout.unwrap_or(smolvm_engine::BOOT_TIMEOUT_DEFAULT),
             settings,
         })
@@ -141,15 +142,27 @@ fn settings(path: &Path) -> Result<Settings, CliError> {
     }
 }
 
-/// How to reach registries of images.
-fn registries() -> RegistrySettings {
+/// How to reach registries of images. Variables are asked before the settings in `directory`.
+fn registries(table: &RegistryTable, directory: &Path) -> RegistrySettings {
     let text = |name: &str| set(name).and_then(|value| value.into_string().ok());
     // curl and Go know both spellings.
     let either = |name: &str| text(name).or_else(|| text(&name.to_uppercase()));
+    let mut mirrors = mirrors(&text("SMOLVM_REGISTRY_MIRRORS").unwrap_or_default());
+    for (registry, places) in &table.mirrors {
+        let known = mirrors.entry(registry.clone()).or_default();
+        known.extend(places.iter().cloned());
+    }
+    let own = table.authorities.iter().map(|path| directory.join(path));
     RegistrySettings {
         auth_files: auth_files(&|name| set(name).map(PathBuf::from)),
-        mirrors: mirrors(&text("SMOLVM_REGISTRY_MIRRORS").unwrap_or_default()),
-        plain_http: Vec::new(),
+        mirrors,
+        plain_http: table.plain_http.clone(),
+        // As OpenSSL and what is made with it has it.
+        authorities: set("SSL_CERT_FILE")
+            .map(PathBuf::from)
+            .into_iter()
+            .chain(own)
+            .collect(),
         proxy: ProxySettings {
             https: either("https_proxy").or_else(|| either("all_proxy")),
             none_for: either("no_proxy"),

@@ -90,7 +90,7 @@ pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use prune::{PruneReport, Pruned, Stranger};
 pub use resize::check_size;
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
-pub use settings::{NetworkSettings, SETTINGS_NAME, Settings, SshSettings};
+pub use settings::{NetworkSettings, RegistryTable, SETTINGS_NAME, Settings, SshSettings};
 pub use smolvm_host::cancel::Cancel;
 pub use smolvm_host::firecracker::{
     Installed as FirecrackerInstalled, Release as FirecrackerRelease, Source as FirecrackerSource,

@@ -1,7 +1,8 @@
 //! What the owner of a data directory may set, in `config.toml` there. A face reads the file; here is
 //! what it means.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use smolvm_host::net::alloc::{AddressPool, PortRange};
@@ -19,6 +20,8 @@ pub struct Settings {
     pub ssh: SshSettings,
     /// The table `[network]`.
     pub network: NetworkSettings,
+    /// The table `[registries]`.
+    pub registries: RegistryTable,
 }
 
 /// The table `[ssh]`.
@@ -39,6 +42,19 @@ pub struct NetworkSettings {
     pub prefix: AddressPool,
 }
 
+/// The table `[registries]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct RegistryTable {
+    /// `mirrors`: for a registry's name the hosts or URLs to ask before it.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// `plain-http`: registries that may be asked without encryption.
+    pub plain_http: Vec<String>,
+    /// `authorities`: files of certificates, in PEM, to believe beside those of this host. A relative path is
+    /// one in the data directory.
+    pub authorities: Vec<PathBuf>,
+}
+
 impl Settings {
     /// Reads the text of `path`.
     ///
@@ -57,7 +73,7 @@ impl Settings {
                 format!("could not read the settings in {}", path.display()),
             )
             .because(why)
-            .hint("the keys are `ports` in `[ssh]`, such as \"2200-2999\", and `prefix` in `[network]`, such as \"172.16.0.0/24\"")
+            .hint("the keys are `ports` in `[ssh]`, such as \"2200-2999\", `prefix` in `[network]`, such as \"172.16.0.0/24\", and `mirrors`, `plain-http` and `authorities` in `[registries]`")
         })
     }
 }
@@ -102,6 +118,15 @@ mod tests {
         assert_eq!(settings.network.prefix.to_string(), "172.16.0.0/24");
         let settings = parse("network.prefix = '10.9.0.0/16'").expect("settings");
         assert_eq!(settings.network.prefix.guests(), 65_533);
+        let settings = parse(
+            "[registries]\nplain-http = ['r.lan:5000']\nauthorities = ['own.pem']\n\
+             mirrors.'docker.io' = ['https://m.lan/x', 'n.lan']\n",
+        )
+        .expect("settings");
+        let table = &settings.registries;
+        assert_eq!(table.mirrors["docker.io"], ["https://m.lan/x", "n.lan"]);
+        assert_eq!(table.plain_http, ["r.lan:5000"]);
+        assert_eq!(table.authorities, [Path::new("own.pem")]);
         // As they are handed to a process that fills a pool.
         let text = serde_json::to_string(&settings).expect("written");
         let read: Settings = serde_json::from_str(&text).expect("read");
@@ -117,7 +142,7 @@ mod tests {
             ),
             (
                 "[sshd]",
-                "TOML parse error at line 1, column 2: unknown field `sshd`, expected `ssh` or `network`",
+                "TOML parse error at line 1, column 2: unknown field `sshd`, expected one of `ssh`, `network`, `registries`",
             ),
             (
                 "[ssh]\nports = \"2999-2200\"",

@@ -271,7 +271,7 @@ pub fn install(
         Some(url) => {
             let download = Download {
                 os,
-                http: Http::new(programs, proxy, cancel)?,
+                http: Http::new(programs, proxy, &[], cancel)?,
                 release,
                 url,
                 to: &archive,

@@ -2,13 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use ureq::http::{Response, Uri};
-use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, Body, Proxy, ProxyProtocol};
@@ -53,6 +53,7 @@ impl Http {
     pub(crate) fn new(
         programs: &Programs,
         proxy: &ProxySettings,
+        own_authorities: &[PathBuf],
         cancel: &Cancel,
     ) -> Result<Self, HostError> {
         let io = |doing| {
@@ -64,7 +65,11 @@ impl Http {
             .timeout_per_read(Some(SILENCE))
             .timeout_per_write(Some(SILENCE))
             .user_agent(concat!("smolvm/", env!("CARGO_PKG_VERSION")))
-            .tls_config(TlsConfig::builder().root_certs(authorities()).build())
+            .tls_config(
+                TlsConfig::builder()
+                    .root_certs(authorities(own_authorities)?)
+                    .build(),
+            )
             .proxy(proxy.parse()?)
             .build();
         let resolver = HostResolver {
@@ -162,22 +167,42 @@ impl ProxySettings {
 }
 
 /// The authorities this host trusts; those of Mozilla if it has none.
-fn authorities() -> RootCerts {
-    for path in AUTHORITIES {
-        let Ok(text) = std::fs::read(path) else {
-            continue;
-        };
-        let certificates: Vec<_> = parse_pem(&text)
+///
+/// # Errors
+///
+/// For a file of the user's own that cannot be read, or has no certificate in it.
+fn authorities(own: &[PathBuf]) -> Result<RootCerts, HostError> {
+    let certificates = |text: &[u8]| -> Vec<Certificate<'static>> {
+        parse_pem(text)
             .filter_map(|item| match item {
                 Ok(PemItem::Certificate(certificate)) => Some(certificate),
                 _ => None,
             })
-            .collect();
-        if !certificates.is_empty() {
-            return RootCerts::new_with_certs(&certificates);
-        }
+            .collect()
+    };
+    let mut all = AUTHORITIES
+        .iter()
+        .filter_map(|path| std::fs::read(path).ok())
+        .map(|text| certificates(&text))
+        .find(|found| !found.is_empty())
+        .unwrap_or_default();
+    if own.is_empty() && all.is_empty() {
+        return Ok(RootCerts::WebPki);
     }
-    RootCerts::WebPki
+    for path in own {
+        let doing = "read the certificates of authorities";
+        let text = std::fs::read(path).map_err(|error| HostError::io(doing, path, error))?;
+        let found = certificates(&text);
+        if found.is_empty() {
+            return Err(
+                HostError::new(HostErrorKind::Corrupt, doing, path.display().to_string())
+                    .because("there is no certificate in it")
+                    .hinting("It is to be a file of certificates in PEM."),
+            );
+        }
+        all.extend(found);
+    }
+    Ok(RootCerts::new_with_certs(&all))
 }
 
 /// Looks names up as the host's own programs do: getent(1) asks whatever nsswitch.conf(5) names. A

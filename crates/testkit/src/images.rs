@@ -232,6 +232,33 @@ pub fn targz(programs: &[(&str, &[u8])]) -> Vec<u8> {
     gzip(&builder.into_inner().expect("memory"))
 }
 
+/// Makes an authority, and a certificate of 127.0.0.1 that it vouches for.
+fn certify(dir: &Path) -> Result<()> {
+    let openssl = |words: &str| -> Result<()> {
+        let status = Command::new("openssl")
+            .args(words.split(' '))
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .context("running openssl")?;
+        anyhow::ensure!(status.success(), "openssl {words}: {status}");
+        Ok(())
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    openssl(&format!(
+        "req -x509 {key} -keyout authority.key -out authority.pem -days 2 -subj /CN=authority"
+    ))?;
+    openssl(&format!(
+        "req {key} -keyout server.key -out server.csr -subj /CN=registry"
+    ))?;
+    fs::write(dir.join("extensions"), "subjectAltName=IP:127.0.0.1\n")?;
+    openssl(
+        "x509 -req -in server.csr -CA authority.pem -CAkey authority.key -CAcreateserial -out server.pem \
+         -days 2 -extfile extensions",
+    )
+}
+
 /// Debian's `docker-registry` on a port of its own. Ends with the value.
 #[derive(Debug)]
 pub struct Registry {
@@ -248,17 +275,41 @@ impl Registry {
     /// If it does not start.
     #[must_use]
     pub fn start() -> Self {
-        Self::try_start().unwrap_or_else(|error| panic!("no registry: {error:#}"))
+        Self::try_start(false).unwrap_or_else(|error| panic!("no registry: {error:#}"))
     }
 
-    fn try_start() -> Result<Self> {
+    /// Starts one that speaks with encryption only, by a certificate of an authority of its own:
+    /// [`Registry::authority`].
+    ///
+    /// # Panics
+    ///
+    /// If it does not start.
+    #[must_use]
+    pub fn start_encrypted() -> Self {
+        Self::try_start(true).unwrap_or_else(|error| panic!("no registry: {error:#}"))
+    }
+
+    /// The certificate of the authority that vouches for it.
+    #[must_use]
+    pub fn authority(&self) -> PathBuf {
+        self.dir.path().join("authority.pem")
+    }
+
+    fn try_start(encrypted: bool) -> Result<Self> {
         let dir = tempfile::tempdir()?;
+        let tls = if encrypted {
+            certify(dir.path())?;
+            let own = dir.path().display();
+            format!(", tls: {{certificate: {own}/server.pem, key: {own}/server.key}}")
+        } else {
+            String::new()
+        };
         let config = dir.path().join("config.yml");
         let root = dir.path().join("content");
         let text = format!(
             "version: 0.1\nlog: {{level: info, formatter: json}}\n\
              storage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '127.0.0.1:0'}}\n",
+             http: {{addr: '127.0.0.1:0'{tls}}}\n",
             root.display()
         );
         fs::write(&config, text)?;

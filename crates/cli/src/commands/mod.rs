@@ -89,7 +89,7 @@ impl Context {
         plain_http: &[String],
     ) -> Result<Engine, CliError> {
         let mut config = self.world.config(&self.globals, boot_timeout)?;
-        config.registries.plain_http = plain_http.to_vec();
+        config.registries.plain_http.extend_from_slice(plain_http);
         Ok(Engine::new(config))
     }
 }

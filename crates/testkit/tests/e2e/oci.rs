@@ -235,3 +235,34 @@ fn a_pull_that_is_killed_leaves_what_the_next_one_uses_and_nothing_else() {
     home.smolvm(["image", "pull", &name]).run().ok();
     assert_eq!(leftovers(&home), Vec::<String>::new());
 }
+
+#[test]
+fn a_registry_of_an_own_authority_is_believed_when_that_is_said_and_stands_in_for_another() {
+    let home = Home::new(1);
+    let registry = Registry::start_encrypted();
+    let name = registry.put(&single(), "me/single", "1");
+    let pull = |what: &str| home.smolvm(["image", "pull", what]);
+    // Its certificate is nobody's that this host knows.
+    pull(&name).run().expect(1).complains_of(&["certificate"]);
+    assert_eq!(leftovers(&home), Vec::<String>::new());
+
+    let settings = home.data().join("config.toml");
+    let write = |text: String| std::fs::write(&settings, text).expect("settings");
+    write("[registries]\nauthorities = [\"none.pem\"]\n".to_owned());
+    pull(&name).run().expect(1).complains_of(&["none.pem"]);
+    write(format!(
+        "[registries]\nauthorities = [\"{}\"]\nmirrors.\"registry.invalid\" = [\"https://{}\"]\n",
+        registry.authority().display(),
+        registry.host()
+    ));
+    pull(&name).run().ok();
+    let run = ["run", "--image", "registry.invalid/me/single:1"];
+    assert_eq!(home.smolvm(run).run().ok().out(), "of the image\n");
+    // A variable says the same as the file.
+    write(String::new());
+    let again = registry.put(&small(), "me/small", "1");
+    pull(&again)
+        .env("SSL_CERT_FILE", registry.authority())
+        .run()
+        .ok();
+}

@@ -59,6 +59,8 @@ pub struct RegistrySettings {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// Registries that may be asked without encryption. Those of this host always may.
     pub plain_http: Vec<String>,
+    /// Files of certificates of authorities to believe beside those of this host, in PEM.
+    pub authorities: Vec<PathBuf>,
     /// The proxy for everything but this host.
     pub proxy: ProxySettings,
 }
@@ -140,7 +142,7 @@ impl Remote {
         programs: &Programs,
         cancel: &Cancel,
     ) -> Result<Self, HostError> {
-        let mut http = Http::new(programs, &settings.proxy, cancel)?;
+        let mut http = Http::new(programs, &settings.proxy, &settings.authorities, cancel)?;
         let mut failure = None;
         let registry = reference.registry();
         let mirrors = settings.mirrors.get(registry).into_iter().flatten();
@@ -156,7 +158,7 @@ impl Remote {
                         tracing::info!(mirror = place, %error, "a mirror does not have it");
                     }
                     failure = Some(error);
-                    http = Http::new(programs, &settings.proxy, cancel)?;
+                    http = Http::new(programs, &settings.proxy, &settings.authorities, cancel)?;
                 }
             }
         }

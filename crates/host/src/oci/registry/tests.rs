@@ -434,7 +434,7 @@ impl Client {
     fn find_direct(&self, server: &Server) -> Result<Remote, HostError> {
         let reference = "x.example/own:1".parse().unwrap();
         let programs = Programs::new(crate::packages::SYSTEM_DIRS.map(Into::into));
-        let http = Http::new(&programs, &ProxySettings::default(), &self.cancel)?;
+        let http = Http::new(&programs, &ProxySettings::default(), &[], &self.cancel)?;
         let place = format!("http://{}", server.host());
         let endpoint = Endpoint::new(&place, &reference, &self.settings, &programs, &http)?;
         Remote::find_at(endpoint, &reference, &Platform::of_guests(), http)
@@ -466,6 +466,7 @@ fn mirrors_are_asked_first_and_may_lack_it() {
     let http = Http::new(
         &Programs::new([]),
         &ProxySettings::default(),
+        &[],
         &client.cancel,
     )
     .unwrap();
