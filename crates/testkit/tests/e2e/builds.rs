@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use serde_json::Value;
-use smolvm_testkit::{HOST, Home, Lab, SERVER, TestImage, may_network};
+use smolvm_testkit::{HOST, Home, Lab, Registry, SERVER, TestImage, may_network};
 
 /// A directory with files to build from.
 fn context(home: &Home, files: &[(&str, &str)]) -> PathBuf {
@@ -316,5 +316,37 @@ fn commands_of_a_build_reach_the_network_they_are_given() {
         .run()
         .ok();
     assert_eq!(said.out(), "$b\n/srv/app\nsmolvm.toml\n");
+    home.is_clean();
+}
+
+#[test]
+fn an_ordinary_user_loads_pulls_builds_saves_and_runs_images() {
+    let home = Home::with(1).ordinary_user().make();
+    small(&home);
+    let dir = context(
+        &home,
+        &[
+            (
+                "Dockerfile",
+                "FROM small:1\nRUN echo $OF > /made\nCOPY file /file\nCMD [\"cat\", \"/made\", \"/file\"]\n",
+            ),
+            ("file", "from the context\n"),
+        ],
+    );
+    let built = build(&home, &dir, &["-t", "own:1"]);
+    assert_eq!(steps(&built), (2, 0), "{built}");
+    let run = |image: &str| home.smolvm(["run", "--image", image]).run().ok().out();
+    assert_eq!(run("own:1"), "base\nfrom the context\n");
+    // Out, away, and in again.
+    let archive = home.scratch().join("own.tar");
+    let save = home.smolvm(["image", "save", "own:1", "-o"]);
+    save.args([&archive]).run().ok();
+    home.smolvm(["image", "rm", "own:1", "small:1"]).run().ok();
+    home.smolvm(["image", "load"]).args([&archive]).run().ok();
+    assert_eq!(run("own:1"), "base\nfrom the context\n");
+    let registry = Registry::start();
+    let image = TestImage::busybox(serde_json::json!({ "Cmd": ["echo", "pulled"] }));
+    let name = registry.put(&image, "me/pulled", "1");
+    assert_eq!(run(&name), "pulled\n");
     home.is_clean();
 }
