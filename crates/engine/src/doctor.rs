@@ -1,10 +1,14 @@
 //! What `doctor` checks: each with what was found, and how to mend it.
 
+use std::path::Path;
+
+use smolvm_host::cgroup;
 use smolvm_host::packages::Need;
 
 use crate::engine::{Engine, MissingPackage};
 use crate::engines::EngineChoice;
 use crate::facts;
+use crate::jail::Jailing;
 use crate::spec::{DEFAULT_IMAGE, KernelChoice};
 use crate::store::{NetworkMode, OTHER_DIRECTORY, Store};
 
@@ -157,6 +161,49 @@ impl Engine {
             Err(_) => return,
         };
         report.add(NAME, status, detail, fix);
+        if let Ok((program, version)) = self.firecracker(None) {
+            self.check_jail(report, &program, &version);
+        }
+    }
+
+    /// Whether Firecracker would be locked in here.
+    fn check_jail(&self, report: &mut Report, program: &Path, version: &str) {
+        let (status, detail, fix) = match self.jailing(None, program, version) {
+            Ok(Jailing::Jailed(jailer)) => match cgroup::version(self.os()) {
+                Ok(groups) => (
+                    CheckStatus::Pass,
+                    format!(
+                        "{}; limits by control groups of version {groups}",
+                        jailer.display()
+                    ),
+                    None,
+                ),
+                Err(why) => (
+                    CheckStatus::Warn,
+                    format!("{}, without limits: {why}", jailer.display()),
+                    Some("mount control groups with cpu, memory and pids".to_owned()),
+                ),
+            },
+            Ok(Jailing::Free(why)) => (
+                CheckStatus::Warn,
+                format!("Firecracker runs without its jailer: {why}"),
+                Some(
+                    "start sandboxes as root, with no `jailer = \"off\"` in config.toml, to have it \
+                     locked in"
+                        .to_owned(),
+                ),
+            ),
+            Err(why) => (
+                CheckStatus::Warn,
+                format!("Firecracker is not used, because it cannot be locked in: {why}"),
+                Some(
+                    "smolvm setup --firecracker; or set `jailer = \"off\"` under `[jail]` in config.toml \
+                     to run it as root"
+                        .to_owned(),
+                ),
+            ),
+        };
+        report.add("jailer", status, detail, fix);
     }
 
     fn check_network(&self, report: &mut Report) {

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::engines::{EngineChoice, EngineName};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts::{self, Acceleration};
+use crate::jail::{self, Jailing};
 use crate::kernels;
 use crate::launch::{self, Restore, WarmCommand};
 use crate::layout::Layout;
@@ -771,9 +772,9 @@ impl Engine {
                     // It says more than that this could not be done as well, which the next start or
                     // repair does.
                     if let Err(left) =
-                        network::release(self.os(), self.layout(), &mut store, &row.id)
+                        teardown::release_outside(self.os(), self.layout(), &mut store, &row.id)
                     {
-                        tracing::warn!(%left, "could not give back the network of a sandbox");
+                        tracing::warn!(%left, "could not give back what a sandbox has of the host");
                     }
                     store.transition(
                         &row.id,
@@ -827,7 +828,7 @@ impl Engine {
                 )
             });
             if ended.await? {
-                network::release(self.os(), self.layout(), store, &row.id)?;
+                teardown::release_outside(self.os(), self.layout(), store, &row.id)?;
                 let (from, to) = (&[State::Starting], State::Error);
                 let reason = Some(teardown::KEEPER_ENDED);
                 store.transition(&row.id, from, to, reason, Timestamp::now())?;
@@ -901,6 +902,14 @@ impl Engine {
             refuse_without_mounts(&kernel)?;
         }
         let mut plan = plan::plan(row, self.layout(), &facts, &myself()?, network, volumes);
+        // One that was locked in may be free now.
+        jail::release(self.os(), self.layout(), store, &row.id)?;
+        if let Some(jailer) = &facts.jailer {
+            let (cpus, memory) = (plan.vm.cpus, plan.vm.memory_mib);
+            plan.vm.jail = Some(self.allocate_jail(store, &row.id, jailer, cpus, memory)?);
+        } else if facts.engine == EngineName::Firecracker {
+            warnings.extend(self.warn_once_of_no_jail(store)?);
+        }
         let layer = plan::layer(row, self.layout());
         if let (Layer::File(path), DiskMode::Isolated) = (&layer, row.spec.disk_mode) {
             // One that was to be made larger may not have been.
@@ -1109,6 +1118,10 @@ impl Engine {
         Ok(HostFacts {
             engine: engine.name,
             program: engine.program,
+            jailer: match engine.jailing {
+                Some(Jailing::Jailed(jailer)) => Some(jailer),
+                Some(Jailing::Free(_)) | None => None,
+            },
             accel,
             tsc_khz: match accel {
                 Accel::Kvm => None,

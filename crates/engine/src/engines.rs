@@ -11,6 +11,7 @@ use crate::assets::stamp;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::facts::{self, Acceleration};
+use crate::jail::Jailing;
 use crate::store::Store;
 
 /// The engine that is wished for.
@@ -76,6 +77,8 @@ pub struct EngineFound {
     pub program: PathBuf,
     /// Why this one.
     pub reason: String,
+    /// How it is locked in; `None` for QEMU.
+    pub jailing: Option<Jailing>,
 }
 
 /// A Firecracker of this host, or why there is none to use.
@@ -107,10 +110,18 @@ impl Engine {
             _ if !acceleration.kvm => {
                 Err(format!("Firecracker needs KVM: {}", acceleration.reason))
             }
-            EngineChoice::Auto | EngineChoice::Firecracker => self.firecracker(Some(store)),
+            EngineChoice::Auto | EngineChoice::Firecracker => {
+                let found = self.firecracker(Some(&mut *store));
+                found.and_then(|(program, version)| {
+                    let jailing = self
+                        .jailing(Some(store), &program, &version)
+                        .map_err(|why| format!("Firecracker cannot be locked in: {why}"))?;
+                    Ok((program, version, jailing))
+                })
+            }
         };
         match (choice, candidate) {
-            (EngineChoice::Auto | EngineChoice::Firecracker, Ok((program, version))) => {
+            (EngineChoice::Auto | EngineChoice::Firecracker, Ok((program, version, jailing))) => {
                 let reason = match choice {
                     EngineChoice::Firecracker => format!("it was asked for; version {version}"),
                     _ => format!("KVM works, and Firecracker {version} is here"),
@@ -119,6 +130,7 @@ impl Engine {
                     name: EngineName::Firecracker,
                     program,
                     reason,
+                    jailing: Some(jailing),
                 })
             }
             (EngineChoice::Firecracker, Err(why)) => Err(Error::new(
@@ -126,11 +138,15 @@ impl Engine {
                 "the engine firecracker was asked for and cannot be used here",
             )
             .because(why)
-            .hint("leave --engine out to use QEMU, or see what `smolvm doctor` says")),
+            .hint(
+                "`smolvm setup --firecracker` brings a release with its jailer; or leave --engine out to use \
+                 QEMU, or see what `smolvm doctor` says",
+            )),
             (EngineChoice::Auto | EngineChoice::Qemu, Err(reason)) => Ok(EngineFound {
                 name: EngineName::Qemu,
                 program: self.programs().find("qemu-system-x86_64")?,
                 reason,
+                jailing: None,
             }),
             (EngineChoice::Qemu, Ok(_)) => unreachable!("it was not looked for"),
         }
@@ -184,7 +200,10 @@ fn ask(program: &Path) -> std::result::Result<String, String> {
     firecracker::version(program).map_err(|error| format!("could not {error}"))
 }
 
-fn remembered_version(store: &mut Store, program: &Path) -> std::result::Result<String, String> {
+pub(crate) fn remembered_version(
+    store: &mut Store,
+    program: &Path,
+) -> std::result::Result<String, String> {
     let words = |error: Error| error.in_one_line();
     let key = format!(
         "firecracker-{:016x}",

@@ -42,6 +42,7 @@ mod facts;
 mod files;
 mod firecracker;
 mod images;
+pub mod jail;
 mod kernels;
 pub mod launch;
 pub mod layout;
@@ -78,6 +79,7 @@ pub use exec::{Exec, ExecControl, ExecEvent, ExecSpec, ExitStatus, Program, Term
 pub use facts::Acceleration;
 pub use files::{Copied, CopyOptions, CopyProgress};
 pub use images::{ImageName, RemovedImage};
+pub use jail::Jailing;
 pub use kernels::{BuiltKernel, KernelInfo};
 pub use listener::GuestListener;
 pub use mounts::{MOUNTS_MAX, Mount};
@@ -90,7 +92,10 @@ pub use ports::{HostPort, PORTS_MAX, Protocol, PublishedPort};
 pub use prune::{PruneReport, Pruned, Stranger};
 pub use resize::check_size;
 pub use session::{FileInfo, FileKind, GuestFacts, Session};
-pub use settings::{NetworkSettings, RegistryTable, SETTINGS_NAME, Settings, SshSettings};
+pub use settings::{
+    JailSettings, JailerChoice, NetworkSettings, RegistryTable, SETTINGS_NAME, Settings,
+    SshSettings, UserRange,
+};
 pub use smolvm_host::cancel::Cancel;
 pub use smolvm_host::firecracker::{
     Installed as FirecrackerInstalled, Release as FirecrackerRelease, Source as FirecrackerSource,

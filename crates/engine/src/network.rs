@@ -740,12 +740,12 @@ impl Link {
     }
 
     /// The device, for the machine: another descriptor of it, or its name, for which it is closed and
-    /// stays until [`Link::close`] or [`release`].
+    /// stays until [`Link::close`] or [`release`]. The VMM runs as `user`, or as whoever this is.
     ///
     /// # Errors
     ///
     /// Those of fcntl(2) and of the TUN driver.
-    pub fn cable(&mut self, kind: CableKind) -> Result<Cable> {
+    pub fn cable(&mut self, kind: CableKind, user: Option<u32>) -> Result<Cable> {
         match (kind, self.tap.take()) {
             (CableKind::Descriptor, Some(tap)) => {
                 let other = tap.as_fd().try_clone_to_owned();
@@ -760,9 +760,9 @@ impl Link {
                     "the network device was passed on by its name already",
                 ));
             }
-            // The VMM runs as whoever this is.
             (CableKind::Device, Some(tap)) => {
-                tap.leave_to(&self.os, rustix::process::geteuid().as_raw())?;
+                let own = || rustix::process::geteuid().as_raw();
+                tap.leave_to(&self.os, user.unwrap_or_else(own))?;
             }
             (CableKind::Device, None) => {}
         }

@@ -23,6 +23,8 @@ pub(crate) struct HostFacts {
     pub(crate) engine: EngineName,
     /// The engine's program.
     pub(crate) program: PathBuf,
+    /// What locks that in, if anything does.
+    pub(crate) jailer: Option<PathBuf>,
     /// How guest instructions run.
     pub(crate) accel: Accel,
     /// Frequency of the time-stamp counter in kHz, measured where the machine needs it.
@@ -115,6 +117,7 @@ pub(crate) fn plan(
                 .as_ref()
                 .map(|network| NicPlan { mac: network.mac() }),
             tsc_khz: facts.tsc_khz,
+            jail: None,
         },
         network,
         env: row.spec.env.clone(),
@@ -151,6 +154,7 @@ mod tests {
         HostFacts {
             engine: EngineName::Qemu,
             program: "/usr/bin/qemu-system-x86_64".into(),
+            jailer: None,
             accel: Accel::Emulation,
             tsc_khz: Some(2_445_425),
             vmlinux: "/d/kernels/stock/vmlinux".into(),

@@ -22,6 +22,8 @@ pub struct Settings {
     pub network: NetworkSettings,
     /// The table `[registries]`.
     pub registries: RegistryTable,
+    /// The table `[jail]`.
+    pub jail: JailSettings,
 }
 
 /// The table `[ssh]`.
@@ -55,6 +57,101 @@ pub struct RegistryTable {
     pub authorities: Vec<PathBuf>,
 }
 
+/// The table `[jail]`: how Firecracker is locked in, where root starts it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JailSettings {
+    /// `jailer`: `on` if not set.
+    pub jailer: JailerChoice,
+    /// `users`: numbers of users and groups that nobody else has; `2000000-2065535` if not set.
+    #[serde(with = "as_text")]
+    pub users: UserRange,
+}
+
+/// Whether Firecracker is locked in where root starts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JailerChoice {
+    /// It is, or it is not started.
+    #[default]
+    On,
+    /// It runs as root, with nothing around it but its own filters of system calls.
+    Off,
+}
+
+/// Numbers of users, from one to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserRange {
+    first: u32,
+    last: u32,
+}
+
+impl UserRange {
+    /// The last number that can be a user's: the one after it means none (setuid(2)).
+    const LAST: u32 = u32::MAX - 1;
+
+    /// The first.
+    #[must_use]
+    pub fn first(&self) -> u32 {
+        self.first
+    }
+
+    /// The last.
+    #[must_use]
+    pub fn last(&self) -> u32 {
+        self.last
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        u64::from(self.last - self.first) + 1
+    }
+
+    /// Every number once, beginning at one that `seed` chooses and wrapping around.
+    pub(crate) fn candidates(&self, seed: u64) -> impl Iterator<Item = u32> + use<> {
+        let (first, count) = (self.first, self.count());
+        let begin = seed % count;
+        (0..count).map(move |step| {
+            let offset = (begin + step) % count;
+            first + u32::try_from(offset).expect("less than the range has")
+        })
+    }
+}
+
+impl Default for UserRange {
+    fn default() -> Self {
+        Self {
+            first: 2_000_000,
+            last: 2_065_535,
+        }
+    }
+}
+
+impl std::str::FromStr for UserRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let numbers = text
+            .split_once('-')
+            .and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+        match numbers {
+            Some((first, last)) if 0 < first && first <= last && last <= Self::LAST => {
+                Ok(Self { first, last })
+            }
+            _ => Err(format!(
+                "`{text}` is no range of users such as `2000000-2065535`"
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for UserRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
 impl Settings {
     /// Reads the text of `path`.
     ///
@@ -73,7 +170,7 @@ impl Settings {
                 format!("could not read the settings in {}", path.display()),
             )
             .because(why)
-            .hint("the keys are `ports` in `[ssh]`, such as \"2200-2999\", `prefix` in `[network]`, such as \"172.16.0.0/24\", and `mirrors`, `plain-http` and `authorities` in `[registries]`")
+            .hint("the keys are `ports` in `[ssh]`, such as \"2200-2999\", `prefix` in `[network]`, such as \"172.16.0.0/24\", `mirrors`, `plain-http` and `authorities` in `[registries]`, and `jailer` and `users` in `[jail]`, such as \"off\" and \"2000000-2065535\"")
         })
     }
 }
@@ -127,6 +224,10 @@ mod tests {
         assert_eq!(table.mirrors["docker.io"], ["https://m.lan/x", "n.lan"]);
         assert_eq!(table.plain_http, ["r.lan:5000"]);
         assert_eq!(table.authorities, [Path::new("own.pem")]);
+        let settings = parse("[jail]\njailer = \"off\"\nusers = \"5-7\"").expect("settings");
+        assert_eq!(settings.jail.jailer, JailerChoice::Off);
+        let users: Vec<_> = settings.jail.users.candidates(4).collect();
+        assert_eq!(users, [6, 7, 5]);
         // As they are handed to a process that fills a pool.
         let text = serde_json::to_string(&settings).expect("written");
         let read: Settings = serde_json::from_str(&text).expect("read");
@@ -142,7 +243,7 @@ mod tests {
             ),
             (
                 "[sshd]",
-                "TOML parse error at line 1, column 2: unknown field `sshd`, expected one of `ssh`, `network`, `registries`",
+                "TOML parse error at line 1, column 2: unknown field `sshd`, expected one of `ssh`, `network`, `registries`, `jail`",
             ),
             (
                 "[ssh]\nports = \"2999-2200\"",
@@ -152,6 +253,10 @@ mod tests {
                 "[network]\nprefix = \"127.0.0.0/8\"",
                 "TOML parse error at line 2, column 10: `127.0.0.0/8` is no pool: it holds loopback, \
                  link-local, multicast or reserved addresses",
+            ),
+            (
+                "[jail]\nusers = \"0-5\"",
+                "TOML parse error at line 2, column 9: `0-5` is no range of users such as `2000000-2065535`",
             ),
             (
                 "[ssh]\nports = 2200",

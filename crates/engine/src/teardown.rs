@@ -8,6 +8,7 @@ use smolvm_host::ProcessIdentity;
 use smolvm_host::os::{Lock, Os};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::jail;
 use crate::layout::Layout;
 use crate::network;
 use crate::store::{SandboxRow, State, Store};
@@ -71,9 +72,16 @@ pub fn unrecorded(layout: &Layout, name: &str, what: &str, error: Error) -> Erro
 
 /// The second half of [`destroy`], for a sandbox that is `deleting` already.
 pub fn finish_delete(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
-    network::release(os, layout, store, id)?;
+    release_outside(os, layout, store, id)?;
     remove_files(os, layout, id)?;
     store.delete_sandbox(id)
+}
+
+/// Gives back what a sandbox has of the host beside its files, whose machine is off: its jail, with
+/// whatever is still in it, and its network.
+pub fn release_outside(os: &Os, layout: &Layout, store: &mut Store, id: &str) -> Result<()> {
+    jail::release(os, layout, store, id)?;
+    network::release(os, layout, store, id)
 }
 
 /// What a sandbox's row and its processes together say.
@@ -146,12 +154,31 @@ pub(crate) fn reconcile(os: &Os, layout: &Layout, store: &mut Store) -> Result<V
             failed.push((network.sandbox_id, reason));
         }
     }
+    failed.extend(sweep_jails(os, layout, store, &rows)?);
     for (id, reason) in failed {
         if let Some(row) = rows.iter_mut().find(|row| row.id == id) {
             show_as_off(row, reason);
         }
     }
     Ok(rows)
+}
+
+/// Takes down jails of sandboxes that are off, and of templates that nobody makes any more. Says of which
+/// it could not, and why.
+fn sweep_jails(
+    os: &Os,
+    layout: &Layout,
+    store: &mut Store,
+    rows: &[SandboxRow],
+) -> Result<Vec<(String, String)>> {
+    jail::sweep(os, layout, store, |jail| {
+        match rows.iter().find(|row| row.id == jail.id) {
+            Some(row) if row.state.is_held() => Ok(true),
+            // Its keeper is just about to, or a start has begun since the rows were read.
+            Some(row) => Ok(try_lock(os, layout, &row.id)?.is_none()),
+            None => Ok(jail.maker.is_alive()?),
+        }
+    })
 }
 
 /// Makes of a row that could not be repaired what it would say.
@@ -209,7 +236,7 @@ pub(crate) fn reconcile_row(
         Verdict::Fine => Ok(false),
         Verdict::Dead => {
             end_vmm(row)?;
-            network::release(os, layout, store, &row.id)?;
+            release_outside(os, layout, store, &row.id)?;
             store
                 .transition(
                     &row.id,

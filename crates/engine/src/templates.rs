@@ -28,6 +28,7 @@ use crate::engine::{Engine, entries, myself, random_u64, used_below, wait_for_an
 use crate::engines::EngineName;
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::facts;
+use crate::jail;
 use crate::launch::{EXIT_NO_SPACE, Launch};
 use crate::layout::SavedMachine;
 use crate::plan::{self, HostFacts};
@@ -405,6 +406,11 @@ fn build(
     for slot in slots {
         os.remove_file("remove the place of a volume", &slot.path)?;
     }
+    if plan.vm.jail.is_some() {
+        // Each copy has a user of its own, who reads it. Changed later, it would look damaged.
+        let memory = making.memory();
+        os.set_mode("let users of jails read", &memory, 0o604)?;
+    }
     let known = Description {
         ingredients: ingredients.clone(),
         files: marks(making)?,
@@ -580,10 +586,19 @@ impl Engine {
             )
             .because(reason));
         }
-        let launch = self.template_launch(&row, &facts, nic, &[])?;
+        let mut launch = self.template_launch(&row, &facts, nic, &[])?;
+        if let Some(jailer) = &facts.jailer {
+            let id = jail::new_id()?;
+            let (cpus, memory) = (launch.vm.cpus, launch.vm.memory_mib);
+            launch.vm.jail = Some(self.allocate_jail(&mut store, &id, jailer, cpus, memory)?);
+        }
         let attention = Attention { watcher, cancel };
         let keeper = &self.config().keeper;
-        let (template, built) = obtain(&self.assets(), keeper, &row, &launch, Some(attention))?;
+        let obtained = obtain(&self.assets(), keeper, &row, &launch, Some(attention));
+        if let Some(jail) = &launch.vm.jail {
+            jail::release(self.os(), self.layout(), &mut store, &jail.id)?;
+        }
+        let (template, built) = obtained?;
         let ingredients = Ingredients::of(&row, &launch, keeper)?;
         let found = Found {
             id: ingredients.id(),

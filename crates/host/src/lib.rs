@@ -14,6 +14,7 @@
 
 mod apt;
 pub mod cancel;
+pub mod cgroup;
 mod command;
 pub mod disk;
 pub mod error;

@@ -109,6 +109,21 @@ impl ProcessIdentity {
         self.signal_and_wait(Signal::TERM, timeout)
     }
 
+    /// Sends SIGKILL and does not wait for the end. Succeeds if it has ended already.
+    ///
+    /// # Errors
+    ///
+    /// [`PermissionDenied`](HostErrorKind::PermissionDenied) if it belongs to another user.
+    pub fn kill(&self) -> Result<(), HostError> {
+        let Some(fd) = self.open()? else {
+            return Ok(());
+        };
+        match pidfd_send_signal(&fd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(e) => Err(self.error("signal", e.into())),
+        }
+    }
+
     fn signal_and_wait(&self, signal: Signal, timeout: Duration) -> Result<Killed, HostError> {
         let Some(fd) = self.open()? else {
             return Ok(Killed::Before);

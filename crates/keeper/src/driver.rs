@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
+use smolvm_engine::jail;
 use smolvm_engine::launch::{Launch, WarmCommand};
 use smolvm_engine::layout::Layout;
 use smolvm_engine::ports::{self, Bound};
@@ -1184,6 +1185,11 @@ impl Driver {
         };
         tracing::info!(?end, %exit, "the machine is off");
         self.give_network_back(!destroy);
+        let jail = jail::release(&Os::new(), &self.layout, &mut self.store, &self.launch.id);
+        if let Err(error) = jail {
+            let reason = error.in_one_line();
+            tracing::warn!(reason, "could not take down the jail");
+        }
         let outcome = if destroy {
             let Launch { id, name, .. } = &self.launch;
             teardown::destroy_as(

@@ -32,6 +32,7 @@ use smolvm_engine::launch::{EXIT_NO_SPACE, Launch};
 use smolvm_engine::layout::Layout;
 use smolvm_engine::network;
 use smolvm_engine::store::{NetworkMode, State, Store};
+use smolvm_engine::teardown;
 use smolvm_host::net::user::HostSide;
 use smolvm_host::os::Os;
 use smolvm_vmm::{Backend, Memory, VmPlan};
@@ -141,8 +142,10 @@ async fn start(
 ) -> Result<Started, KeeperError> {
     let mut booted_because = None;
     let kind = backend.capabilities().cable;
+    // Of whoever runs the machine.
+    let user = launch.vm.jail.as_ref().map(|jail| jail.user);
     let mut cable = || match &mut network {
-        Some(network) => network.cable(kind),
+        Some(network) => network.cable(kind, user),
         None => Ok(None),
     };
     if let Some(restore) = &launch.restore {
@@ -239,7 +242,7 @@ fn give_up(launch: &Launch, error: &KeeperError) {
     let recorded = Store::open(&layout.database()).and_then(|mut store| {
         let held = [State::Starting, State::Running, State::Stopping];
         let reason = error.chain();
-        network::release(&Os::new(), &layout, &mut store, &launch.id)?;
+        teardown::release_outside(&Os::new(), &layout, &mut store, &launch.id)?;
         store.transition(
             &launch.id,
             &held,

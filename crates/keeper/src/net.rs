@@ -167,8 +167,13 @@ impl Network {
     }
 
     /// The device, for the machine. `None` for one that can have none.
-    pub(crate) fn cable(&mut self, kind: Option<CableKind>) -> Result<Option<Cable>, KeeperError> {
-        Ok(kind.map(|kind| self.link.cable(kind)).transpose()?)
+    /// `user` is who opens it, if not whoever this process runs as.
+    pub(crate) fn cable(
+        &mut self,
+        kind: Option<CableKind>,
+        user: Option<u32>,
+    ) -> Result<Option<Cable>, KeeperError> {
+        Ok(kind.map(|kind| self.link.cable(kind, user)).transpose()?)
     }
 
     /// What the guest is told of it.

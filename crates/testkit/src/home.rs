@@ -327,6 +327,14 @@ impl Home {
             rows.into_iter()
                 .map(|(name, state)| format!("row of `{name}`, {state}")),
         );
+        let jails = rusqlite::Connection::open(self.data.join("state.db"))
+            .and_then(|store| {
+                let mut query = store.prepare("SELECT id FROM jails")?;
+                let ids = query.query_map([], |row| row.get::<_, String>(0))?;
+                ids.collect::<rusqlite::Result<Vec<_>>>()
+            })
+            .unwrap_or_default();
+        left.extend(jails.into_iter().map(|id| format!("jail {id}")));
         for entry in std::fs::read_dir(self.data.join("sandboxes"))
             .into_iter()
             .flatten()

@@ -705,6 +705,7 @@ mod tests {
             disks: Vec::new(),
             nic: None,
             tsc_khz: None,
+            jail: None,
         }
     }
 

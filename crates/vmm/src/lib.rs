@@ -78,6 +78,35 @@ pub struct VmPlan {
     /// Frequency of the host's time-stamp counter in kHz ([`tsc::khz`]). Needed under emulation,
     /// where the machine has no other clock to measure it by; without, such a plan is refused.
     pub tsc_khz: Option<u64>,
+    /// How the VMM is locked in, by a backend that can; it runs as this process does without.
+    #[serde(default)]
+    pub jail: Option<JailPlan>,
+}
+
+/// How a VMM is locked in: a user and a group of its own, a root directory in which nothing is but what
+/// its machine needs, namespaces, and limits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JailPlan {
+    /// The program that locks it in.
+    pub program: PathBuf,
+    /// The jail's name, and that of its control groups: 1 to 64 letters, digits and `-`. No other jail
+    /// of this host has it.
+    pub id: String,
+    /// Number of its user, and of its group. No other process has it.
+    pub user: u32,
+    /// Its limits, where control groups can be made.
+    pub limits: Option<Limits>,
+}
+
+/// What all threads of a VMM together may use, as control groups say it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Version of the control groups: 1 or 2 (cgroups(7)).
+    pub version: u8,
+    /// The group in which that of the jail is made.
+    pub parent: String,
+    /// Files of the group and what to write to them.
+    pub values: Vec<(String, String)>,
 }
 
 /// How guest instructions run.
@@ -201,7 +230,8 @@ pub trait Backend: Debug + Send + Sync {
     ///
     /// May be called any number of times, from the thread that will outlive the machine: the VMM
     /// is killed by the kernel when the *thread* that called this ends (prctl(2),
-    /// `PR_SET_PDEATHSIG`), so that no machine survives its owner. Needs a tokio runtime with I/O and
+    /// `PR_SET_PDEATHSIG`), so that no machine survives its owner; one in a jail, which changes its user
+    /// and loses that request with it, is killed when the *process* ends. Needs a tokio runtime with I/O and
     /// time. If the future is dropped, or on error, no process and no file remains.
     ///
     /// # Errors

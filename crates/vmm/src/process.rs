@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe::Receiver;
 use tokio::task::AbortHandle;
 
+use crate::sys::{Leash, Seclusion};
 use crate::{Exit, sys};
 
 /// How much of what the VMM says last is kept.
@@ -35,6 +36,10 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) output: Option<OwnedFd>,
     /// Whether it is to have its memory in pages of the smallest size only.
     pub(crate) small_pages: bool,
+    /// Both ends of a pipe for its standard error, the one to read first; one is made if absent.
+    pub(crate) errors: Option<(OwnedFd, OwnedFd)>,
+    /// Namespaces of its own, if it is to have any.
+    pub(crate) seclusion: Option<Seclusion>,
 }
 
 /// A running child process.
@@ -46,6 +51,8 @@ pub(crate) struct Process {
     stderr: Arc<Tail>,
     reader: AbortHandle,
     exit: Option<Exit>,
+    /// For one that changes its user: see [`Leash`]. Dropped after it was reaped.
+    _leash: Option<Leash>,
 }
 
 impl Process {
@@ -61,9 +68,14 @@ impl Process {
             input,
             output,
             small_pages,
+            errors,
+            seclusion,
         }: Surroundings<'_>,
     ) -> io::Result<Process> {
-        let (stderr_here, stderr_there) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let (stderr_here, stderr_there) = match errors {
+            Some(ends) => ends,
+            None => pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?,
+        };
         // Both ends: the VMM loses words, rather than time, when nobody reads them.
         fcntl_setfl(&stderr_there, OFlags::NONBLOCK)?;
         let stderr = Arc::new(Tail::new(stderr_here)?);
@@ -79,13 +91,19 @@ impl Process {
         if let Some(directory) = directory {
             command.current_dir(directory);
         }
-        sys::adopt(&mut command, inherited, small_pages);
+        let secluded = seclusion.is_some();
+        sys::adopt(&mut command, inherited, small_pages, seclusion);
         let mut child = command.spawn()?;
         // `command` holds our copies of the child's ends; without them gone, none would ever close.
         drop(command);
 
-        let pidfd = match watch(&child) {
-            Ok(pidfd) => pidfd,
+        let leash = || match secluded {
+            true => Leash::new(pid_of(&child)?).map(Some),
+            false => Ok(None),
+        };
+        let watched = leash().and_then(|leash| Ok((watch(&child)?, leash)));
+        let (pidfd, leash) = match watched {
+            Ok(watched) => watched,
             Err(error) => {
                 kill_and_reap(&mut child);
                 return Err(error);
@@ -98,6 +116,7 @@ impl Process {
             stderr,
             reader,
             exit: None,
+            _leash: leash,
         })
     }
 

@@ -4,8 +4,10 @@
     reason = "what has to be done between fork and exec, and with raw descriptors, is offered only unsafely"
 )]
 
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::process::Command;
@@ -18,7 +20,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
 /// Lets the child of `command` inherit `fds` under their own numbers, and die with the *thread*
 /// that starts it (prctl(2), `PR_SET_PDEATHSIG`).
@@ -28,7 +30,14 @@ use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 /// another thread starts meanwhile inherits none of them.
 ///
 /// With `small_pages` the child has no transparent huge pages (prctl(2), `PR_SET_THP_DISABLE`).
-pub(crate) fn adopt(command: &mut Command, fds: Vec<OwnedFd>, small_pages: bool) {
+///
+/// With `seclusion` the child finds what that says.
+pub(crate) fn adopt(
+    command: &mut Command,
+    fds: Vec<OwnedFd>,
+    small_pages: bool,
+    seclusion: Option<Seclusion>,
+) {
     let parent = getpid();
     // SAFETY: between fork and exec only async-signal-safe calls are allowed (signal-safety(7)).
     // The closure makes plain system calls (prctl, getppid, fcntl) on values it owns, and allocates
@@ -47,6 +56,9 @@ pub(crate) fn adopt(command: &mut Command, fds: Vec<OwnedFd>, small_pages: bool)
                     return Err(io::Error::last_os_error());
                 }
             }
+            if let Some(seclusion) = &seclusion {
+                seclusion.enter()?;
+            }
             for fd in &fds {
                 fcntl_setfd(fd, FdFlags::empty())?;
             }
@@ -54,6 +66,100 @@ pub(crate) fn adopt(command: &mut Command, fds: Vec<OwnedFd>, small_pages: bool)
         });
     }
 }
+
+/// Namespaces of a child's own: IPC, host name, mounts, and network unless it is to have this one.
+#[derive(Debug)]
+pub(crate) struct Seclusion {
+    /// Whether it stays in the network namespace of this process.
+    pub(crate) network: bool,
+    /// What is mounted in its mount namespace.
+    pub(crate) binds: Vec<Bind>,
+}
+
+/// A file or directory that has a second place.
+#[derive(Debug)]
+pub(crate) struct Bind {
+    pub(crate) source: CString,
+    /// Of the same kind as the source, and there.
+    pub(crate) target: CString,
+    pub(crate) read_only: bool,
+}
+
+impl Seclusion {
+    /// Makes system calls, and nothing else: it runs between fork and exec.
+    fn enter(&self) -> io::Result<()> {
+        let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        if !self.network {
+            namespaces |= libc::CLONE_NEWNET;
+        }
+        // SAFETY: numbers only. The child has one thread, and shares nothing that this would divide.
+        done(unsafe { libc::unshare(namespaces) })?;
+        mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)?;
+        for bind in &self.binds {
+            mount(Some(&bind.source), &bind.target, libc::MS_BIND)?;
+            if bind.read_only {
+                let again = libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | libc::MS_NOSUID;
+                mount(None, &bind.target, again | libc::MS_NODEV)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn mount(source: Option<&CStr>, target: &CStr, flags: libc::c_ulong) -> io::Result<()> {
+    let source = source.map_or(std::ptr::null(), CStr::as_ptr);
+    let none = std::ptr::null();
+    // SAFETY: strings that end, for as long as the call takes; the other pointers may be null for these
+    // flags (mount(2)).
+    done(unsafe { libc::mount(source, target.as_ptr(), none, flags, none.cast()) })
+}
+
+fn done(returned: libc::c_int) -> io::Result<()> {
+    match returned {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What ends a process when this one ends, however that comes: kept for as long as the process is to live.
+///
+/// Two sockets that are connected with each other. When this process ends they are closed one after the
+/// other, and the first makes the kernel signal the owner of the second, which is that process (fcntl(2),
+/// `F_SETOWN` and `F_SETSIG`). It holds where `PR_SET_PDEATHSIG` does not: for a process that changes its
+/// user. A later process of the same number is not meant: the kernel knows it by more than that. The first
+/// process of a PID namespace would not be ended: it is deaf to signals that no process sent.
+#[derive(Debug)]
+pub(crate) struct Leash(
+    #[expect(dead_code, reason = "they are there to be closed")] [UnixStream; 2],
+);
+
+impl Leash {
+    pub(crate) fn new(pid: Pid) -> io::Result<Leash> {
+        let ends = UnixStream::pair()?;
+        let ends = [ends.0, ends.1];
+        for end in &ends {
+            let fd = end.as_raw_fd();
+            let flags = rustix::fs::fcntl_getfl(end)?.bits();
+            let flags = libc::c_int::try_from(flags).map_err(io::Error::other)?;
+            // SAFETY: numbers only, for a descriptor that is open. Nothing is ever written to the sockets,
+            // so that nothing but their end makes the kernel send the signal.
+            let set = unsafe {
+                [
+                    libc::fcntl(fd, libc::F_SETOWN, pid.as_raw_nonzero().get()),
+                    libc::fcntl(fd, F_SETSIG, libc::SIGKILL),
+                    libc::fcntl(fd, libc::F_SETFL, flags | libc::O_ASYNC),
+                ]
+            };
+            if set.contains(&-1) {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(Leash(ends))
+    }
+}
+
+/// fcntl(2); asm-generic/fcntl.h.
+const F_SETSIG: libc::c_int = 10;
 
 /// Watches a descriptor for having something to read.
 pub(crate) fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

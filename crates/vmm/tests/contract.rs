@@ -294,6 +294,420 @@ mod firecracker_only {
     }
 }
 
+/// In the jail, which takes root and the control groups of this host.
+mod firecracker_jailed {
+    use super::firecracker::FirecrackerSubject;
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    use smolvm_vmm::contract;
+    use smolvm_vmm::firecracker::{self, Firecracker};
+    use smolvm_vmm::{JailPlan, Limits, VmErrorKind};
+
+    smolvm_vmm::contract_tests!(
+        ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`",
+        JailedSubject::new()
+    );
+
+    const PARENT: &str = "smolvm-contract";
+    /// More threads than a VMM of one processor has, and few enough to reach.
+    const THREADS_MAX: &str = "16";
+    const MEMORY_BYTES_MAX: u64 = 256 << 20;
+
+    pub(crate) struct JailedSubject {
+        free: FirecrackerSubject,
+        jails: Mutex<BTreeSet<String>>,
+    }
+
+    impl JailedSubject {
+        pub(crate) fn new() -> Self {
+            JailedSubject {
+                free: FirecrackerSubject::new(),
+                jails: Mutex::default(),
+            }
+        }
+
+        /// The version of control groups with limits, and where they are.
+        fn groups() -> (u8, Vec<PathBuf>) {
+            let root = Path::new("/sys/fs/cgroup");
+            let all = std::fs::read_to_string(root.join("cgroup.controllers"));
+            match all.unwrap_or_default().contains("memory") {
+                true => (2, vec![root.to_owned()]),
+                false => (
+                    1,
+                    ["cpu", "memory", "pids"]
+                        .map(|name| root.join(name))
+                        .to_vec(),
+                ),
+            }
+        }
+
+        fn limits() -> Limits {
+            let (version, _) = Self::groups();
+            let values: &[(&str, &str)] = match version {
+                2 => &[
+                    ("cpu.max", "200000 100000"),
+                    ("memory.max", "268435456"),
+                    ("pids.max", THREADS_MAX),
+                ],
+                _ => &[
+                    ("cpu.cfs_quota_us", "200000"),
+                    ("memory.limit_in_bytes", "268435456"),
+                    ("pids.max", THREADS_MAX),
+                ],
+            };
+            let text = |&(file, value): &(&str, &str)| (file.to_owned(), value.to_owned());
+            Limits {
+                version,
+                parent: PARENT.to_owned(),
+                values: values.iter().map(text).collect(),
+            }
+        }
+
+        /// What a file of the jail's control group says.
+        fn group_file(id: &str, names: [&str; 2]) -> String {
+            let (version, roots) = Self::groups();
+            let name = names[usize::from(version) - 1];
+            let paths = roots
+                .iter()
+                .map(|root| root.join(PARENT).join(id).join(name));
+            let read = paths
+                .into_iter()
+                .find_map(|path| std::fs::read_to_string(path).ok());
+            read.unwrap_or_else(|| panic!("{name} of {id}"))
+                .trim()
+                .to_owned()
+        }
+    }
+
+    impl Drop for JailedSubject {
+        fn drop(&mut self) {
+            let jails = self
+                .jails
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            for root in Self::groups().1 {
+                for jail in jails.iter() {
+                    let _ = std::fs::remove_dir(root.join(PARENT).join(jail));
+                }
+            }
+        }
+    }
+
+    impl Subject for JailedSubject {
+        fn backend(&self) -> &dyn Backend {
+            &Firecracker
+        }
+
+        fn plan(&self, guest: Guest) -> VmPlan {
+            static USERS: AtomicU32 = AtomicU32::new(2_100_000);
+            let mut plan = self.free.plan(guest);
+            let directory = plan.program.parent().expect("a directory");
+            // Test programs of one run have different ones, though all count from the same.
+            plan.name = format!("{}-{}", plan.name, std::process::id());
+            self.jails.lock().expect("jails").insert(plan.name.clone());
+            plan.jail = Some(JailPlan {
+                program: directory.join(firecracker::JAILER),
+                id: plan.name.clone(),
+                user: USERS.fetch_add(1, Ordering::Relaxed),
+                limits: Some(Self::limits()),
+            });
+            plan
+        }
+
+        fn exists(&self, number: u32) -> bool {
+            self.free.exists(number)
+        }
+
+        fn repeats(&self) -> bool {
+            true
+        }
+
+        fn count(&self, name: &str) -> usize {
+            children_named(name)
+        }
+
+        fn kill_from_outside(&self, number: u32) {
+            self.free.kill_from_outside(number);
+        }
+    }
+
+    /// Waits until the guest speaks: everything is behind it that is done before. Its console is to be kept.
+    async fn speaks(vm: &mut dyn smolvm_vmm::Vm) -> std::os::unix::net::UnixStream {
+        let console = vm.take_console().expect("a console");
+        let heard = tokio::task::spawn_blocking(move || {
+            std::io::Read::read_exact(&mut &console, &mut [0; 4]).expect("a tick");
+            console
+        });
+        heard.await.expect("the guest speaks")
+    }
+
+    fn status(pid: u32, word: &str) -> String {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a status");
+        let line = text.lines().find_map(|line| line.strip_prefix(word));
+        let words: Vec<_> = line.expect(word).split_whitespace().collect();
+        words.join(" ")
+    }
+
+    fn namespace(pid: impl std::fmt::Display, kind: &str) -> PathBuf {
+        std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a namespace")
+    }
+
+    /// Set in the process that a test starts to own a machine.
+    const OWNER: &str = "SMOLVM_TEST_JAILED_OWNER";
+
+    /// Though its VMM changes its user, by which it loses the request to be killed with its parent.
+    #[test]
+    #[ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`"]
+    fn a_machine_in_a_jail_dies_with_its_owner() {
+        use std::io::BufRead;
+        let mut owner = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "--ignored", "--nocapture"])
+            .arg("firecracker_jailed::own_a_machine")
+            .env(OWNER, "yes")
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("an owner");
+        let output = std::io::BufReader::new(owner.stdout.take().expect("its output"));
+        let number: u32 = output
+            .lines()
+            .find_map(|line| line.ok()?.strip_prefix("machine ")?.parse().ok())
+            .expect("the process number of its machine");
+        let machine = super::qemu_only::watch(number);
+        owner.kill().expect("kill the owner");
+        owner.wait().expect("reap the owner");
+        super::qemu_only::expect_end(&machine);
+        // What its owner would have removed.
+        for root in JailedSubject::groups().1 {
+            let id = format!("contract-0-{}", owner.id());
+            std::fs::remove_dir(root.join(PARENT).join(id)).expect("its control group");
+        }
+    }
+
+    /// Run in a process of its own by the test above.
+    #[test]
+    #[ignore = "a helper of another test, which never ends by itself"]
+    fn own_a_machine() {
+        if std::env::var_os(OWNER).is_none() {
+            return;
+        }
+        let subject = JailedSubject::new();
+        let plan = subject.plan(Guest::Ticks);
+        contract::run(async {
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            let _console = speaks(vm.as_mut()).await;
+            let mut out = std::io::stdout();
+            std::io::Write::write_all(&mut out, format!("\nmachine {}\n", vm.pid()).as_bytes())
+                .expect("tell");
+            let _ = vm.wait().await;
+        });
+    }
+
+    /// Every layer, asked of the kernel while a machine runs.
+    #[test]
+    #[ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`"]
+    fn a_jail_has_every_wall() {
+        let subject = JailedSubject::new();
+        let plan = subject.plan(Guest::Ticks);
+        let jail = plan.jail.clone().expect("a jail");
+        contract::run(async {
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            let _console = speaks(vm.as_mut()).await;
+            let pid = vm.pid();
+
+            // A user and a group of its own, no other groups, and no rights.
+            let four = [jail.user; 4].map(|user| user.to_string()).join(" ");
+            assert_eq!(status(pid, "Uid:"), four);
+            assert_eq!(status(pid, "Gid:"), four);
+            assert_eq!(status(pid, "Groups:"), "");
+            for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+                assert_eq!(status(pid, set), "0000000000000000", "{set}");
+            }
+            assert_eq!(status(pid, "NoNewPrivs:"), "1");
+            // System calls are filtered in every thread that the guest's doing reaches. (A build for glibc
+            // has filters that let everything pass.)
+            for thread in std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads") {
+                let thread = thread.expect("a thread").path();
+                let text = std::fs::read_to_string(thread.join("status")).expect("a status");
+                assert!(text.contains("\nSeccomp:\t2\n"), "{text}");
+            }
+
+            // Nothing of the host's is in its namespaces.
+            for kind in ["mnt", "ipc", "uts", "net"] {
+                assert_ne!(namespace(pid, kind), namespace("self", kind), "{kind}");
+            }
+
+            // What it finds below its root directory, and nothing above.
+            let root = format!("/proc/{pid}/root");
+            let mut found: Vec<_> = std::fs::read_dir(&root)
+                .expect("a root directory")
+                .map(|entry| {
+                    entry
+                        .expect("an entry")
+                        .file_name()
+                        .into_string()
+                        .expect("UTF-8")
+                })
+                .filter(|name| !["lib", "lib64", "usr"].contains(&name.as_str()))
+                .collect();
+            found.sort();
+            let expected = [
+                "api.sock",
+                "config",
+                "dev",
+                "firecracker",
+                "firecracker.pid",
+                "initrd",
+                "kernel",
+                "log",
+                "run",
+                "vsock",
+                "vsock_1024",
+            ];
+            assert_eq!(found, expected);
+            for outside in ["etc", "proc", "sys", "root", "home", "../etc"] {
+                let there = std::fs::metadata(format!("{root}/{outside}"));
+                assert!(there.is_err(), "{outside}");
+            }
+            let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mounts");
+            let kernel = mounts.lines().find(|line| line.contains(" /kernel "));
+            let options = kernel.expect("the kernel").split(' ').nth(5);
+            assert_eq!(
+                options.map(|all| all.starts_with("ro")),
+                Some(true),
+                "{mounts}"
+            );
+
+            // Its limits.
+            let memory =
+                JailedSubject::group_file(&jail.id, ["memory.limit_in_bytes", "memory.max"]);
+            assert_eq!(memory, MEMORY_BYTES_MAX.to_string());
+            let threads = JailedSubject::group_file(&jail.id, ["pids.max", "pids.max"]);
+            assert_eq!(threads, THREADS_MAX);
+            let cpu = JailedSubject::group_file(&jail.id, ["cpu.cfs_quota_us", "cpu.max"]);
+            assert!(cpu.starts_with("200000"), "{cpu}");
+            let within = JailedSubject::group_file(&jail.id, ["cgroup.procs", "cgroup.procs"]);
+            // The kernel's own thread for the machine is there, too.
+            assert!(
+                within.lines().any(|line| line == pid.to_string()),
+                "{within}"
+            );
+            let files = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+            let files = files
+                .lines()
+                .find(|line| line.starts_with("Max open files"));
+            assert!(
+                files.is_some_and(|line| line.contains(" 1024 ")),
+                "{files:?}"
+            );
+
+            vm.kill().await.expect("kill");
+            drop(vm);
+            assert!(!plan.directory.exists());
+        });
+    }
+
+    /// Files of others, and of the host, are closed to a process that is where the VMM is.
+    #[test]
+    #[ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`"]
+    fn a_jail_keeps_who_is_in_it_from_everybody_else() {
+        use std::os::unix::process::CommandExt;
+        let subject = JailedSubject::new();
+        let [mut one, mut other] = [(); 2].map(|()| subject.plan(Guest::Ticks));
+        let directory = tempfile::tempdir().expect("a directory");
+        for (plan, name) in [(&mut one, "one"), (&mut other, "other")] {
+            let path = directory.path().join(name);
+            std::fs::write(&path, [0; 4096]).expect("a disk");
+            plan.disks.push(smolvm_vmm::DiskPlan {
+                path,
+                read_only: false,
+            });
+        }
+        contract::run(async {
+            let _one = Firecracker.start(&one, None).await.expect("start");
+            let _other = Firecracker.start(&other, None).await.expect("start");
+            // The user of the first, even outside its root directory, and where it may look around.
+            let user = one.jail.as_ref().expect("a jail").user;
+            std::fs::set_permissions(
+                directory.path(),
+                std::os::unix::fs::PermissionsExt::from_mode(0o755),
+            )
+            .expect("a mode");
+            let reads = |path: &Path| {
+                let mut cat = std::process::Command::new("cat");
+                cat.arg(path).uid(user).gid(user);
+                cat.stdout(std::process::Stdio::null())
+                    .stderr(std::process::Stdio::null());
+                cat.status().expect("cat").success()
+            };
+            let disk = |plan: &VmPlan| plan.disks[0].path.clone();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            std::fs::set_permissions(disk(&one), std::fs::Permissions::clone(&mode))
+                .expect("a mode");
+            std::fs::set_permissions(disk(&other), mode).expect("a mode");
+            assert!(reads(&disk(&one)), "its own disk");
+            assert!(!reads(&disk(&other)), "the other's disk");
+            assert!(
+                !reads(&other.directory.join("firecracker")),
+                "the other's jail"
+            );
+            assert!(!reads(Path::new("/etc/shadow")), "the host's secrets");
+        });
+    }
+
+    /// A control group that is full has no room for a process or thread more.
+    #[test]
+    #[ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`"]
+    fn a_jail_refuses_processes_over_its_limit() {
+        let subject = JailedSubject::new();
+        let plan = subject.plan(Guest::Ticks);
+        let id = plan.jail.as_ref().expect("a jail").id.clone();
+        contract::run(async {
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            let _console = speaks(vm.as_mut()).await;
+            let (_, roots) = JailedSubject::groups();
+            let group = roots.last().expect("a root").join(PARENT).join(&id);
+            // A shell enters the group and starts more than it may.
+            let script = format!(
+                "echo $$ >{}/cgroup.procs && for i in $(seq 32); do sleep 2 <&- >&- 2>&- & done",
+                group.display()
+            );
+            let output = std::process::Command::new("sh")
+                .args(["-c", &script])
+                .output();
+            let output = output.expect("sh");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(said.to_lowercase().contains("fork"), "{output:?}");
+        });
+    }
+
+    #[test]
+    #[ignore = "needs KVM, Firecracker and its jailer: run by `cargo xtask kvm-lab`"]
+    fn a_jailer_that_is_not_there_is_named_and_one_that_fails_says_why() {
+        let subject = JailedSubject::new();
+        let plan = subject.plan(Guest::Halts);
+        let with = |change: fn(&mut JailPlan)| {
+            let mut plan = plan.clone();
+            change(plan.jail.as_mut().expect("a jail"));
+            plan
+        };
+        contract::run(async {
+            let plan = with(|jail| jail.program = "/nonexistent/jailer".into());
+            let error = Firecracker.start(&plan, None).await.expect_err("no jailer");
+            assert_eq!(error.kind, VmErrorKind::ProgramMissing);
+            assert_eq!(error.to_string(), "run /nonexistent/jailer");
+            assert!(!plan.directory.exists());
+            let plan = with(|jail| jail.id = "no id".into());
+            let mut vm = Firecracker.start(&plan, None).await.expect("start");
+            let exit = vm.wait().await.expect("wait");
+            assert_ne!(exit.code, Some(0));
+            assert!(exit.stderr.contains("Invalid"), "{exit:?}");
+        });
+    }
+}
+
 /// What is true of QEMU alone.
 mod qemu_only {
     use super::qemu::{QemuSubject, pid};
@@ -319,12 +733,12 @@ mod qemu_only {
             .collect()
     }
 
-    fn watch(number: u32) -> OwnedFd {
+    pub(crate) fn watch(number: u32) -> OwnedFd {
         pidfd_open(pid(number), PidfdFlags::empty()).expect("a running process")
     }
 
     /// Waits until the process has ended.
-    fn expect_end(process: &OwnedFd) {
+    pub(crate) fn expect_end(process: &OwnedFd) {
         let mut watched = [PollFd::new(process, PollFlags::IN)];
         let patience = Timespec {
             tv_sec: 30,
@@ -660,6 +1074,7 @@ impl Files {
             disks: Vec::new(),
             nic: None,
             tsc_khz: Some(1_000_000),
+            jail: None,
         }
     }
 }

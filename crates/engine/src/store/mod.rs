@@ -7,6 +7,7 @@
 
 mod builds;
 mod images;
+mod jails;
 mod mounts;
 mod networks;
 pub(crate) mod pools;
@@ -28,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use builds::BuildLayerRow;
 pub(crate) use images::{Removal, Users};
+pub use jails::JailRow;
 pub use networks::{NetworkMode, NetworkRow};
 pub use pools::PoolRow;
 pub use rows::{Identity, ImageRow, SandboxRow, State};
@@ -45,6 +47,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../schema/0007_volumes.sql"),
     include_str!("../../schema/0008_user_network.sql"),
     include_str!("../../schema/0009_builds.sql"),
+    include_str!("../../schema/0010_jails.sql"),
 ];
 
 /// How long a writer waits for another one. Transactions here take well under a millisecond.

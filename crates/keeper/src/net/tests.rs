@@ -194,6 +194,7 @@ fn start(home: &Home) -> Launch {
             disks: Vec::new(),
             nic: Some(NicPlan { mac: network.mac() }),
             tsc_khz: None,
+            jail: None,
         },
         network: Some(network),
         ports: Vec::new(),
@@ -226,12 +227,12 @@ fn life(os: &Os, home: &Home, kind: CableKind) -> Result<(), KeeperError> {
     runtime.block_on(async {
         let network = Network::set_up(os, &Arc::new(HostSide::here()), &mut launch).await?;
         let mut network = network.expect("a network");
-        match network.cable(Some(kind))? {
+        match network.cable(Some(kind), None)? {
             Some(Cable::Device(name)) => {
                 let name = TapName::parse(&name).expect("a device's name");
                 // What a machine does, and one that is started in place of the first.
                 drop(Tap::open(&Os::new(), name, true).expect("nobody has it open"));
-                network.cable(Some(kind))?.expect("a cable");
+                network.cable(Some(kind), None)?.expect("a cable");
                 drop(Tap::open(&Os::new(), name, true).expect("nobody has it open"));
             }
             cable => assert_eq!(cable.map(|cable| cable.kind()), Some(kind)),

@@ -10,6 +10,7 @@ mod disks;
 mod files;
 mod guest;
 mod images;
+mod jails;
 mod life;
 mod mounts;
 mod network;

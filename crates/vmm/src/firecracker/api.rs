@@ -5,11 +5,12 @@
 //! costs some 50 us, and one that was given up half-way takes nothing of the next request with it.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -157,7 +158,7 @@ impl Api {
     /// Connects as soon as somebody listens.
     async fn connect(&self) -> Result<UnixStream, ApiError> {
         loop {
-            match UnixStream::connect(&self.socket).await {
+            match connect_to(&self.socket).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     self.wait_for_name().await.map_err(ApiError::Host)?;
@@ -178,6 +179,18 @@ impl Api {
         ready.clear_ready();
         Ok(())
     }
+}
+
+/// Connects to the socket with this name, and to nothing that its name has come to lead to: the directory
+/// is the VMM's own, who may have put something else there.
+async fn connect_to(path: &Path) -> io::Result<UnixStream> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = rustix::fs::open(path, flags, Mode::empty())?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode);
+    if kind != FileType::Socket {
+        return Err(io::Error::other("its control socket is no socket"));
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
 }
 
 /// Reads one answer: its head, and as much behind it as the head says.

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use serde::Serialize;
 
 use super::api::SOCKET;
+use super::jail;
 use super::run::{VSOCK, disk_name};
 use crate::{Devices, DiskPlan, VmPlan};
 
@@ -75,10 +76,14 @@ struct Vsock {
 /// `None` if one of its paths is no UTF-8, which the file could not say.
 pub(super) fn config(plan: &VmPlan, cable: Option<&str>) -> Option<Config> {
     let nic = plan.nic.as_ref().zip(cable);
+    let (kernel, initrd) = match plan.jail {
+        Some(_) => (jail::KERNEL, jail::INITRD),
+        None => (plan.kernel.to_str()?, plan.initrd.to_str()?),
+    };
     Some(Config {
         boot_source: BootSource {
-            kernel_image_path: plan.kernel.to_str()?.to_owned(),
-            initrd_path: plan.initrd.to_str()?.to_owned(),
+            kernel_image_path: kernel.to_owned(),
+            initrd_path: initrd.to_owned(),
             boot_args: kernel_parameters(plan),
         },
         drives: plan.disks.iter().enumerate().map(drive).collect(),
@@ -143,17 +148,13 @@ pub(super) fn arguments(plan: &VmPlan, config: Option<&str>) -> Vec<OsString> {
     let mut id = plan.name.replace('_', "-");
     // Letters, digits and `-` only, so a byte is a letter.
     id.truncate(ID_BYTES_MAX);
-    let mut words = vec![
-        "--api-sock",
-        SOCKET,
-        "--id",
-        &id,
-        // Standard output is the guest's console.
-        "--log-path",
-        "/proc/self/fd/2",
-        "--level",
-        "Error",
-    ];
+    let mut words = vec!["--api-sock", SOCKET];
+    // Standard output is the guest's console. The jailer names the machine itself.
+    match plan.jail {
+        Some(_) => words.extend(["--log-path", jail::LOG]),
+        None => words.extend(["--id", &id, "--log-path", "/proc/self/fd/2"]),
+    }
+    words.extend(["--level", "Error"]);
     if let Some(config) = config {
         words.extend(["--config-file", config]);
     }
@@ -161,11 +162,11 @@ pub(super) fn arguments(plan: &VmPlan, config: Option<&str>) -> Vec<OsString> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use crate::{Accel, Memory, NicPlan};
+    use crate::{Accel, JailPlan, Memory, NicPlan};
 
-    fn plan() -> VmPlan {
+    pub(in crate::firecracker) fn plan() -> VmPlan {
         VmPlan {
             name: "smolvm-a_b".into(),
             program: "/usr/bin/firecracker".into(),
@@ -192,6 +193,7 @@ mod tests {
                 mac: [2, 0, 0, 0, 0, 0xab],
             }),
             tsc_khz: None,
+            jail: None,
         }
     }
 
@@ -252,5 +254,23 @@ mod tests {
         let both = "--api-sock api.sock --id smolvm-a-b --log-path /proc/self/fd/2 --level Error";
         assert_eq!(text(None), both);
         assert_eq!(text(Some("/c")), format!("{both} --config-file /c"));
+    }
+    #[test]
+    fn in_a_jail_files_have_names_in_its_root_directory() {
+        let plan = VmPlan {
+            jail: Some(JailPlan {
+                program: "/e/jailer".into(),
+                id: "a".into(),
+                user: 2_000_000,
+                limits: None,
+            }),
+            ..plan()
+        };
+        let config = config(&plan, None).expect("UTF-8");
+        assert_eq!(config.boot_source.kernel_image_path, "kernel");
+        assert_eq!(config.boot_source.initrd_path, "initrd");
+        let words = arguments(&plan, Some(jail::CONFIG)).join(std::ffi::OsStr::new(" "));
+        let text = "--api-sock api.sock --log-path log --level Error --config-file config";
+        assert_eq!(words, text);
     }
 }

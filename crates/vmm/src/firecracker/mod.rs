@@ -5,6 +5,7 @@
 //! | `config` | what the VMM is told at its start |
 //! | `api` | requests to it while it runs |
 //! | `run` | its working directory, in which disks and sockets have the names that snapshots know |
+//! | `jail` | how it is locked in |
 //! | `console` | the guest's serial port, which the VMM has on its standard streams |
 //!
 //! The agent's channel is a vsock: the guest connects to a port of its host, and the VMM passes that on
@@ -18,10 +19,11 @@
 mod api;
 mod config;
 mod console;
+mod jail;
 mod run;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -34,15 +36,16 @@ use rustix::fs::MemfdFlags;
 use self::api::{
     Api, ApiError, CreateSnapshot, LoadSnapshot, MemoryBackend, NetworkOverride, VmState,
 };
+use self::jail::Mounts;
 use self::run::Directory;
 use crate::memory::dig_holes;
 use crate::process::{Process, Surroundings};
 use crate::shape::Shape;
 use crate::{
-    Accel, Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, Door, Exit, Memory,
-    NewFile, Vm, VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program, new_memory,
-    new_memory_at, open_state, refuse_impossible, refuse_unreadable, refuse_unrestorable,
-    refuse_unsavable, refuse_unstartable, spawn_error,
+    Accel, Backend, CONTROL_TIMEOUT, Cable, CableKind, Capabilities, Channel, Door, Exit, JailPlan,
+    Memory, NewFile, Vm, VmError, VmErrorKind, VmPlan, above_stdio, doing, find_program,
+    new_memory, new_memory_at, open_state, refuse_impossible, refuse_unreadable,
+    refuse_unrestorable, refuse_unsavable, refuse_unstartable, spawn_error,
 };
 
 /// The program.
@@ -70,6 +73,9 @@ const CAPABILITIES: Capabilities = Capabilities {
 /// other requests.
 const MIB_PER_SECOND: u32 = 64;
 
+/// The program that locks it in, of the same release.
+pub const JAILER: &str = jail::PROGRAM;
+
 /// Finds [`PROGRAM`] in a list of directories, such as that of `PATH`. The first one wins.
 pub fn find<I>(directories: I) -> Option<PathBuf>
 where
@@ -79,7 +85,16 @@ where
     find_program(PROGRAM, directories)
 }
 
-/// The version of the program, for example `1.16.1`. Runs it and waits, some 5 ms.
+/// Finds [`JAILER`] in a list of directories. The first one wins.
+pub fn find_jailer<I>(directories: I) -> Option<PathBuf>
+where
+    I: IntoIterator,
+    I::Item: AsRef<Path>,
+{
+    find_program(JAILER, directories)
+}
+
+/// The version of the program or of its jailer, for example `1.16.1`. Runs it and waits, some 5 ms.
 ///
 /// # Errors
 ///
@@ -111,7 +126,11 @@ pub fn is_supported(version: &str) -> bool {
 
 /// The version in the first line of `--version`.
 fn parse_version(text: &str) -> Option<String> {
-    let number = text.lines().next()?.strip_prefix("Firecracker v")?.trim();
+    let first = text.lines().next()?;
+    let number = ["Firecracker v", "Jailer v"]
+        .into_iter()
+        .find_map(|program| first.strip_prefix(program))?
+        .trim();
     number
         .starts_with(|c: char| c.is_ascii_digit())
         .then(|| number.to_owned())
@@ -160,24 +179,36 @@ impl Backend for Firecracker {
         let own = own_state(&file, plan).map_err(|error| {
             VmError::new(VmErrorKind::Protocol, doing("restore", &plan.name), error)
         })?;
-        let files = [own, base].map(|file| above_stdio(file.into()));
-        let [Ok(own), Ok(base)] = files else {
-            let error = io::Error::other("no descriptor is left");
-            return Err(host("restore", plan, error));
-        };
         let cable = device(cable);
-        // The VMM inherits both, and finds them there.
-        let inherited = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let (begin, state_path, memory_path) = match &plan.jail {
+            Some(_) => {
+                let begin = Start::RestoreJailed(own);
+                (begin, jail::STATE.into(), jail::MEMORY.into())
+            }
+            None => {
+                let files = [own, base].map(|file| above_stdio(file.into()));
+                let [Ok(own), Ok(base)] = files else {
+                    let error = io::Error::other("no descriptor is left");
+                    return Err(host("restore", plan, error));
+                };
+                // The VMM inherits both, and finds them there.
+                let path =
+                    |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+                let (state, memory) = (path(&own), path(&base));
+                (Start::Restore(vec![own, base]), state, memory)
+            }
+        };
+        let network = cable.clone().map(NetworkOverride::to);
         let request = LoadSnapshot {
-            snapshot_path: inherited(&own),
+            snapshot_path: state_path,
             mem_backend: MemoryBackend {
                 backend_type: "File",
-                backend_path: inherited(&base),
+                backend_path: memory_path,
             },
             resume_vm: true,
-            network_overrides: cable.map(NetworkOverride::to).into_iter().collect(),
+            network_overrides: network.into_iter().collect(),
         };
-        let mut vm = Start::Restore(vec![own, base]).launch(plan, None)?;
+        let mut vm = begin.launch(plan, cable.as_deref())?;
         // Whatever goes wrong, dropping the machine kills and reaps it.
         vm.request(
             "restore",
@@ -216,35 +247,28 @@ enum Start {
     Boot,
     /// With descriptors that the VMM is to inherit.
     Restore(Vec<OwnedFd>),
+    /// In a jail, with this state.
+    RestoreJailed(File),
 }
 
 impl Start {
     /// Starts the process. Awaits nothing, so there is no half-started machine to lose.
     fn launch(self, plan: &VmPlan, cable: Option<&str>) -> Result<FirecrackerVm, VmError> {
         let host = |error| host("start", plan, error);
-        let directory = Directory::new(&plan.directory).map_err(host)?;
-        directory.link_disks(&plan.disks).map_err(host)?;
+        let directory = Directory::new(plan).map_err(host)?;
         let door = directory.listen(config::AGENT_PORT).map_err(host)?;
         let api = Api::new(&directory).map_err(host)?;
         let (console, streams) = console::pipes().map_err(host)?;
-        let (inherited, config) = match self {
-            Start::Restore(inherited) => (inherited, None),
-            Start::Boot => {
-                let file = config_file(plan, cable).map_err(host)?;
-                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-                (vec![file], Some(path))
-            }
-        };
-        let arguments = config::arguments(plan, config.as_deref());
-        tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
         let around = Surroundings {
             directory: Some(directory.path()),
             input: Some(streams.input),
             output: Some(streams.output),
-            small_pages: false,
+            ..Surroundings::default()
         };
-        let process = Process::spawn(&plan.program, &arguments, inherited, around)
-            .map_err(|error| spawn_error(&plan.program, error))?;
+        let process = match &plan.jail {
+            Some(jail) => self.jailed(plan, jail, cable, &directory, around)?,
+            None => self.free(plan, cable, &directory, around)?,
+        };
         let ended = process.ended().map_err(host)?;
         Ok(FirecrackerVm {
             plan: plan.clone(),
@@ -255,6 +279,91 @@ impl Start {
             motion: Motion::Runs,
             directory,
         })
+    }
+
+    /// As the user that this process is, with descriptors that it inherits.
+    fn free(
+        self,
+        plan: &VmPlan,
+        cable: Option<&str>,
+        directory: &Directory,
+        around: Surroundings<'_>,
+    ) -> Result<Process, VmError> {
+        let host = |error| host("start", plan, error);
+        directory.link_disks(&plan.disks).map_err(host)?;
+        let (inherited, config) = match self {
+            Start::Restore(inherited) => (inherited, None),
+            Start::RestoreJailed(state) => (vec![state.into()], None),
+            Start::Boot => {
+                let file = config_file(plan, cable).map_err(host)?;
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                (vec![file], Some(path))
+            }
+        };
+        let arguments = config::arguments(plan, config.as_deref());
+        tracing::debug!(program = %plan.program.display(), ?arguments, "starting a machine");
+        Process::spawn(&plan.program, &arguments, inherited, around)
+            .map_err(|error| spawn_error(&plan.program, error))
+    }
+
+    /// By the jailer, with names in a root directory of its own.
+    fn jailed(
+        self,
+        plan: &VmPlan,
+        jail: &JailPlan,
+        cable: Option<&str>,
+        directory: &Directory,
+        around: Surroundings<'_>,
+    ) -> Result<Process, VmError> {
+        let prepare = || {
+            let mut mounts = Mounts::new(directory.path());
+            mounts.libraries(&plan.program)?;
+            for (index, disk) in plan.disks.iter().enumerate() {
+                match disk.read_only {
+                    true => jail::share(&disk.path)?,
+                    false => jail::give(&disk.path, jail)?,
+                }
+                mounts.file(&disk.path, &run::disk_name(index), disk.read_only)?;
+            }
+            let config = match self {
+                Start::Boot => {
+                    for (file, name) in [(&plan.kernel, jail::KERNEL), (&plan.initrd, jail::INITRD)]
+                    {
+                        jail::share(file)?;
+                        mounts.file(file, name, true)?;
+                    }
+                    let mut file = File::from(config_file(plan, cable)?);
+                    file.rewind()?;
+                    directory.write(jail::CONFIG, jail, file)?;
+                    Some(jail::CONFIG)
+                }
+                Start::Restore(_) | Start::RestoreJailed(_) => {
+                    if let Start::RestoreJailed(mut state) = self {
+                        state.rewind()?;
+                        directory.write(jail::STATE, jail, state)?;
+                    }
+                    if let Memory::CopyOf(memory) = &plan.memory {
+                        jail::share(memory)?;
+                        mounts.file(memory, jail::MEMORY, true)?;
+                    }
+                    None
+                }
+            };
+            let errors = directory.pipe(jail::LOG, jail)?;
+            Ok((mounts, config, errors, jail::file_bytes_max(plan)?))
+        };
+        let (mounts, config, errors, most) =
+            prepare().map_err(|error: io::Error| host("prepare the jail of", plan, error))?;
+        let vmm = config::arguments(plan, config);
+        let arguments = jail::arguments(directory.base(), plan, jail, most, vmm);
+        tracing::debug!(program = %jail.program.display(), ?arguments, "starting a machine");
+        let around = Surroundings {
+            errors: Some(errors),
+            seclusion: Some(mounts.seclude(cable.is_some())),
+            ..around
+        };
+        Process::spawn(&jail.program, &arguments, Vec::new(), around)
+            .map_err(|error| spawn_error(&jail.program, error))
     }
 }
 

@@ -292,6 +292,7 @@ mod tests {
             ],
             nic: None,
             tsc_khz: Some(2_445_425),
+            jail: None,
         }
     }
 
