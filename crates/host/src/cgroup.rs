@@ -1,9 +1,12 @@
 //! Control groups: where their limits are on this host, and taking one apart (cgroups(7)).
 
 use std::collections::BTreeSet;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{HostError, HostErrorKind};
 use crate::os::Os;
@@ -11,6 +14,9 @@ use crate::process::ProcessIdentity;
 
 /// Controllers that limits need.
 pub const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// Time between tries to remove a group that does not say when it is empty.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// How often a group is looked at whose processes make more of themselves.
 const ROUNDS_MAX: u32 = 16;
@@ -75,16 +81,44 @@ pub fn remove(os: &Os, parent: &str, name: &str, patience: Duration) -> Result<b
         }
         found = true;
         end_all(os, &group, patience)?;
-        os.effect(
-            "remove the control group",
-            &group,
-            || match std::fs::remove_dir(&group) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                other => other,
-            },
-        )?;
+        os.effect("remove the control group", &group, || {
+            remove_when_empty(&group, patience)
+        })?;
     }
     Ok(found)
+}
+
+/// Removes a group as soon as nothing is in it: threads of a process that has ended may be for a moment.
+fn remove_when_empty(group: &Path, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match std::fs::remove_dir(group) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::ResourceBusy => return Err(error),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Ok(()) => return Ok(()),
+            Err(_) => {}
+        }
+        let step = match File::open(group.join("cgroup.events")) {
+            Ok(mut events) => {
+                // What it says is new until it is read (cgroup-v2.rst, "Un-populated Notification").
+                let mut said = String::new();
+                events.read_to_string(&mut said)?;
+                if said.lines().any(|line| line == "populated 1") {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let left = Timespec::try_from(left).map_err(io::Error::other)?;
+                    let mut watched = [PollFd::new(&events, PollFlags::PRI)];
+                    rustix::io::retry_on_intr(|| poll(&mut watched, Some(&left)))?;
+                    continue;
+                }
+                MOMENT
+            }
+            // Groups of version 1 tell nobody.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => MOMENT,
+            Err(error) => return Err(error),
+        };
+        std::thread::sleep(step);
+    }
 }
 
 /// Kills every process of a group and waits for their ends.
