@@ -653,7 +653,7 @@ fn settings_that_cannot_be() {
         --- stderr
         error: could not read the settings in [HOME]/data/config.toml
         caused by: TOML parse error at line 2, column 1: unknown field `port`, expected `ports`
-        hint: the keys are `ports` in `[ssh]`, such as "2200-2999", `prefix` in `[network]`, such as "172.16.0.0/24", and `mirrors`, `plain-http` and `authorities` in `[registries]`
+        hint: the keys are `ports` in `[ssh]`, such as "2200-2999", `prefix` in `[network]`, such as "172.16.0.0/24", `mirrors`, `plain-http` and `authorities` in `[registries]`, and `jailer` and `users` in `[jail]`, such as "off" and "2000000-2065535"
         --- exit 2
     "#);
     std::fs::write(&file, "[network]\nprefix = \"127.0.0.0/8\"\n").expect("a file");
@@ -667,7 +667,7 @@ fn settings_that_cannot_be() {
           "error": {
             "code": "invalid_input",
             "message": "could not read the settings in [HOME]/data/config.toml",
-            "recovery": "the keys are `ports` in `[ssh]`, such as \"2200-2999\", `prefix` in `[network]`, such as \"172.16.0.0/24\", and `mirrors`, `plain-http` and `authorities` in `[registries]`",
+            "recovery": "the keys are `ports` in `[ssh]`, such as \"2200-2999\", `prefix` in `[network]`, such as \"172.16.0.0/24\", `mirrors`, `plain-http` and `authorities` in `[registries]`, and `jailer` and `users` in `[jail]`, such as \"off\" and \"2000000-2065535\"",
             "details": {
               "kind": "invalid_input",
               "causes": [
