@@ -117,7 +117,8 @@ fn remove_when_empty(group: &Path, patience: Duration) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => MOMENT,
             Err(error) => return Err(error),
         };
-        std::thread::sleep(step);
+        let step = Timespec::try_from(step).map_err(io::Error::other)?;
+        rustix::io::retry_on_intr(|| poll(&mut [], Some(&step)))?;
     }
 }
 
