@@ -535,8 +535,22 @@ impl Vm for FirecrackerVm {
 
     async fn wait(&mut self) -> Result<Exit, VmError> {
         let ended = self.process.wait().await;
-        ended.map_err(|error| self.host("wait for", error))
+        ended
+            .map(off_by_triple_fault)
+            .map_err(|error| self.host("wait for", error))
     }
+}
+
+/// A guest that resets has Linux ask the keyboard controller first, and if it still runs a moment later
+/// ends in a triple fault (arch/x86/kernel/reboot.c, `native_machine_emergency_restart`). On a slow host
+/// that is before Firecracker's main thread has heard of the first. It takes it for a failure; to a
+/// processor it is a reset as well.
+fn off_by_triple_fault(mut exit: Exit) -> Exit {
+    const SAID: &str = "Unexpected exit reason on vcpu run: Shutdown";
+    if exit.code == Some(1) && exit.stderr.contains(SAID) {
+        exit.code = Some(0);
+    }
+    exit
 }
 
 impl FirecrackerVm {
@@ -593,6 +607,20 @@ fn host(verb: &str, plan: &VmPlan, error: io::Error) -> VmError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_triple_fault_is_a_reset() {
+        let exit = |code, stderr: &str| Exit {
+            code: Some(code),
+            signal: None,
+            stderr: stderr.to_owned(),
+        };
+        let fault = "[x:fc_vcpu 0] Unexpected exit reason on vcpu run: Shutdown\nRunWithApiError";
+        assert_eq!(off_by_triple_fault(exit(1, fault)), exit(0, fault));
+        for other in [exit(1, "RunWithApiError"), exit(0, ""), exit(148, fault)] {
+            assert_eq!(off_by_triple_fault(other.clone()), other);
+        }
+    }
 
     #[test]
     fn the_version_is_what_the_first_line_says() {
