@@ -3,9 +3,8 @@
 //! They may be lost, as datagrams are: when the program's queue is full, and when nothing listens. A
 //! socket that was refused stays open, because the next datagram may find a listener.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketType};
 use smolvm_proto::Channel;
@@ -61,7 +60,8 @@ fn serve(stream: &Stream, socket: &OwnedFd) -> Result<Last, Stop> {
         } else if ended {
             return Ok(Last::done());
         } else {
-            wait(stream, socket, credit >= PACKED_BYTES_MAX);
+            let reads = credit >= PACKED_BYTES_MAX;
+            stream.wait_beside(reads.then(|| socket.as_fd()), None);
         }
         pack(socket, &mut buffer, &mut packed, credit);
         send(stream, &mut packed)?;
@@ -84,18 +84,4 @@ fn send(stream: &Stream, packed: &mut Vec<u8>) -> Result<(), Gone> {
     let sent = stream.send_all(Channel::Output, packed);
     packed.clear();
     sent
-}
-
-fn wait(stream: &Stream, socket: &OwnedFd, reads: bool) {
-    let mut fds = Vec::with_capacity(2);
-    fds.push(PollFd::from_borrowed_fd(stream.wake_fd(), PollFlags::IN));
-    if reads {
-        fds.push(PollFd::new(socket, PollFlags::IN));
-    }
-    let _ = rustix::event::poll(&mut fds, None);
-    let woken = !fds[0].revents().is_empty();
-    drop(fds);
-    if woken {
-        stream.clear_wake();
-    }
 }

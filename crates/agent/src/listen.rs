@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::Timespec;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType, sockopt};
@@ -233,20 +233,9 @@ fn serve(agent: &Agent, stream: &Arc<Stream>, listener: &Listener) -> Result<Las
             stream.consumed(part.len())?;
             continue;
         }
-        let has_room = agent.untaken.of(stream) < ACCEPTED_MAX;
-        let mut fds = Vec::with_capacity(2);
-        fds.push(PollFd::from_borrowed_fd(stream.wake_fd(), PollFlags::IN));
-        if has_room && !starved {
-            fds.push(PollFd::new(&listener.socket, PollFlags::IN));
-        }
-        let limit = starved.then_some(&STARVED_TIME);
-        let _ = rustix::event::poll(&mut fds, limit);
-        let woken = !fds[0].revents().is_empty();
-        let came = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
-        drop(fds);
-        if woken {
-            stream.clear_wake();
-        }
+        let accepts = !starved && agent.untaken.of(stream) < ACCEPTED_MAX;
+        let socket = accepts.then(|| listener.socket.as_fd());
+        let came = stream.wait_beside(socket, starved.then_some(&STARVED_TIME));
         starved = came && !take_one(agent, stream, listener)?;
     }
 }

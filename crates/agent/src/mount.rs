@@ -4,10 +4,9 @@
 //! answers back, whole and unread.
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -125,12 +124,14 @@ impl Relay<'_> {
                     Ok(length) => self.asked = 0..length,
                     // What it was about was given up meanwhile (`fuse_dev_do_read`).
                     Err(Errno::INTR | Errno::NOENT) => {}
-                    Err(Errno::AGAIN) => self.wait(Some(&self.device)),
+                    Err(Errno::AGAIN) => {
+                        self.stream.wait_beside(Some(self.device.as_fd()), None);
+                    }
                     // It was unmounted.
                     Err(_) => return Ok(Last::done()),
                 }
             } else if credit == 0 {
-                self.wait(None);
+                self.stream.wait_beside(None, None);
             } else {
                 let now = self.asked.len().min(credit).min(DATA_BYTES_MAX);
                 let part = self.asked.start..self.asked.start + now;
@@ -158,21 +159,5 @@ impl Relay<'_> {
         }
         self.answers.drain(..done);
         Ok(())
-    }
-
-    /// Waits for the mailbox, and for a device if that may be read.
-    fn wait(&self, device: Option<&OwnedFd>) {
-        let mut fds = Vec::with_capacity(2);
-        fds.push(PollFd::from_borrowed_fd(
-            self.stream.wake_fd(),
-            PollFlags::IN,
-        ));
-        fds.extend(device.map(|device| PollFd::new(device, PollFlags::IN)));
-        let _ = rustix::event::poll(&mut fds, None);
-        let woken = !fds[0].revents().is_empty();
-        drop(fds);
-        if woken {
-            self.stream.clear_wake();
-        }
     }
 }

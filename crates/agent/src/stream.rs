@@ -292,9 +292,24 @@ impl Stream {
 
     /// Waits until the mailbox changes.
     fn wait(&self) {
-        let mut fds = [PollFd::new(&self.wake, PollFlags::IN)];
-        let _ = rustix::event::poll(&mut fds, None);
-        self.clear_wake();
+        self.wait_beside(None, None);
+    }
+
+    /// Waits until the mailbox changes, the descriptor can be read, or the time is over. Says whether the
+    /// descriptor is ready, or broken.
+    pub(crate) fn wait_beside(
+        &self,
+        other: Option<BorrowedFd<'_>>,
+        limit: Option<&Timespec>,
+    ) -> bool {
+        let mut fds = Vec::with_capacity(2);
+        fds.push(PollFd::new(&self.wake, PollFlags::IN));
+        fds.extend(other.map(|other| PollFd::from_borrowed_fd(other, PollFlags::IN)));
+        let _ = rustix::event::poll(&mut fds, limit);
+        if !fds[0].revents().is_empty() {
+            self.clear_wake();
+        }
+        fds.get(1).is_some_and(|fd| !fd.revents().is_empty())
     }
 
     /// Sends an event that is not the last frame of the stream.

@@ -897,7 +897,7 @@ impl Engine {
         let network = nic.then(|| self.allocate_network(store, row)).transpose()?;
         let volumes = self.volume_launches(store, row)?;
         if !row.spec.mounts.is_empty() {
-            mounts::refuse_missing(&row.spec.name, &row.spec.mounts)?;
+            mounts::check_mounts(&row.spec.name, &row.spec.mounts)?;
             let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
             refuse_without_mounts(&kernel)?;
         }
@@ -905,8 +905,7 @@ impl Engine {
         // One that was locked in may be free now.
         jail::release(self.os(), self.layout(), store, &row.id)?;
         if let Some(jailer) = &facts.jailer {
-            let (cpus, memory) = (plan.vm.cpus, plan.vm.memory_mib);
-            plan.vm.jail = Some(self.allocate_jail(store, &row.id, jailer, cpus, memory)?);
+            plan.vm.jail = Some(self.allocate_jail(store, &row.id, jailer, &plan.vm)?);
         } else if facts.engine == EngineName::Firecracker {
             warnings.extend(self.warn_once_of_no_jail(store)?);
         }
@@ -1056,14 +1055,9 @@ impl Engine {
     /// Waits until the networks of sandboxes that are being deleted have been given back; says whether
     /// there were any.
     fn await_removals(&self, store: &mut Store) -> Result<bool> {
-        let mut waited = false;
-        for network in store.networks()? {
-            let row = store.sandbox(&network.sandbox_id)?;
-            let Some(row) = row.filter(|row| row.state == State::Deleting) else {
-                continue;
-            };
-            waited = true;
-            if let Some(holder) = open_holder(&row)? {
+        let leaving = network::leaving(store)?;
+        for row in &leaving {
+            if let Some(holder) = open_holder(row)? {
                 wait_for_any(
                     &mut [PollFd::new(&holder, PollFlags::IN)],
                     Some(REMOVAL_TIME),
@@ -1072,7 +1066,7 @@ impl Engine {
         }
         // What its keeper did not do.
         teardown::reconcile(self.os(), self.layout(), store)?;
-        Ok(waited)
+        Ok(!leaving.is_empty())
     }
 
     /// The facts for a machine, with a network device or without, and with the engine that is chosen, or

@@ -10,7 +10,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use smolvm_host::cgroup;
 use smolvm_host::os::Os;
 use smolvm_vmm::firecracker::{self, JAILER};
-use smolvm_vmm::{JailPlan, Limits};
+use smolvm_vmm::{JailPlan, Limits, VmPlan};
 
 use crate::engine::{Engine, myself};
 use crate::engines::remembered_version;
@@ -98,17 +98,15 @@ impl Engine {
         )))
     }
 
-    /// Records a jail for a VMM of this many processors and this much memory. What was left of an earlier one
-    /// of this name is taken down first.
+    /// Records a jail for a machine's VMM. Of an earlier one of this name nothing is there any more:
+    /// [`release`].
     pub(crate) fn allocate_jail(
         &self,
         store: &mut Store,
         id: &str,
         jailer: &Path,
-        cpus: u8,
-        memory_mib: u32,
+        machine: &VmPlan,
     ) -> Result<JailPlan> {
-        release(self.os(), self.layout(), store, id)?;
         let users = self.config().settings.jail.users;
         let seed = u64::from_str_radix(id, 16).unwrap_or(0);
         let row = store
@@ -124,7 +122,13 @@ impl Engine {
         if let Err(why) = &version {
             tracing::warn!(why, "a jail has no limits");
         }
-        Ok(plan(&row, jailer, version.ok(), cpus, memory_mib))
+        Ok(plan(
+            &row,
+            jailer,
+            version.ok(),
+            machine.cpus,
+            machine.memory_mib,
+        ))
     }
 }
 

@@ -82,7 +82,7 @@ pub use images::{ImageName, RemovedImage};
 pub use jail::Jailing;
 pub use kernels::{BuiltKernel, KernelInfo};
 pub use listener::GuestListener;
-pub use mounts::{MOUNTS_MAX, Mount};
+pub use mounts::{MOUNTS_MAX, Mount, check_mounts};
 pub use network::{
     ALLOWED_MAX, Allowed, DeniedAttempt, NetworkConfig, NetworkSpec, NetworkUsage, Reach,
 };

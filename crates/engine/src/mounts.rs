@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use smolvm_proto::message::{MountRequest, Request};
 
 use crate::connection::Connection;
-use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::session::Session;
 use crate::spec::SandboxName;
@@ -101,7 +100,11 @@ pub(crate) fn check(mounts: &[Mount], volumes: &[VolumeUse]) -> Result<()> {
 }
 
 /// Refuses what is no directory at this moment.
-pub(crate) fn refuse_missing(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
+///
+/// # Errors
+///
+/// [`ErrorKind::NotFound`], [`ErrorKind::InvalidInput`], [`ErrorKind::PermissionDenied`].
+pub fn check_mounts(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
     for mount in mounts {
         let source = mount.source.display();
         let refuse = |kind, why: String| {
@@ -110,7 +113,7 @@ pub(crate) fn refuse_missing(name: &SandboxName, mounts: &[Mount]) -> Result<()>
                 format!("could not mount {source} in sandbox `{name}`"),
             )
             .because(why)
-            .hint("give -v a directory of this host that you may read, such as \"$PWD\":/work"))
+            .hint("give -v a directory of this host that you may read, such as \"$PWD\":/shared"))
         };
         match std::fs::metadata(&mount.source) {
             Ok(metadata) if metadata.is_dir() => {}
@@ -122,17 +125,6 @@ pub(crate) fn refuse_missing(name: &SandboxName, mounts: &[Mount]) -> Result<()>
         }
     }
     Ok(())
-}
-
-impl Engine {
-    /// Refuses a sandbox with a mount that could not be made now.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::NotFound`], [`ErrorKind::InvalidInput`], [`ErrorKind::PermissionDenied`].
-    pub fn check_mounts(&self, name: &SandboxName, mounts: &[Mount]) -> Result<()> {
-        refuse_missing(name, mounts)
-    }
 }
 
 impl Session {

@@ -34,7 +34,7 @@ use smolvm_vmm::{Cable, CableKind};
 use crate::engine::{Engine, unknown_sandbox, wait_for_end};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::layout::Layout;
-use crate::store::{NetworkMode, NetworkRow, State, Store};
+use crate::store::{NetworkMode, NetworkRow, SandboxRow, State, Store};
 use crate::teardown;
 
 /// Most names and networks in one sandbox's list.
@@ -434,17 +434,10 @@ impl Engine {
         let pool = self.config().network.pool()?;
         let used = match Store::open_existing(&self.layout().database())? {
             Some(mut store) => {
-                let rows = teardown::reconcile(self.os(), self.layout(), &mut store)?;
-                let going = |id: &str| {
-                    rows.iter()
-                        .any(|row| row.id == id && row.state == State::Deleting)
-                };
-                let networks = store.networks()?;
+                teardown::reconcile(self.os(), self.layout(), &mut store)?;
                 // A start that needs the address of one that goes waits for it.
-                networks
-                    .iter()
-                    .filter(|network| !going(&network.sandbox_id))
-                    .count()
+                let going = leaving(&store)?.len();
+                store.networks()?.len().saturating_sub(going)
             }
             None => 0,
         };
@@ -495,13 +488,8 @@ impl Engine {
             let mut used = 0;
             for _ in 0..RESET_TRIES {
                 teardown::reconcile(self.os(), self.layout(), &mut store)?;
-                let networks = store.networks()?;
-                used = networks.len();
-                let mut going = Vec::new();
-                for network in networks {
-                    let row = store.sandbox(&network.sandbox_id)?;
-                    going.extend(row.filter(|row| row.state == State::Deleting));
-                }
+                used = store.networks()?.len();
+                let going = leaving(&store)?;
                 if going.is_empty() {
                     break;
                 }
@@ -533,6 +521,17 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// The sandboxes that are being deleted and have not given their network back yet: who deletes one is
+/// answered before that.
+pub(crate) fn leaving(store: &Store) -> Result<Vec<SandboxRow>> {
+    let mut going = Vec::new();
+    for network in store.networks()? {
+        let row = store.sandbox(&network.sandbox_id)?;
+        going.extend(row.filter(|row| row.state == State::Deleting));
+    }
+    Ok(going)
 }
 
 /// How often it is looked again whether sandboxes that were being deleted are gone.

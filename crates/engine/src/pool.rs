@@ -78,6 +78,17 @@ pub struct PoolInfo {
 }
 
 impl PoolSpec {
+    /// Whether both are for the same sandboxes, of which there can be one pool only.
+    #[must_use]
+    pub fn is_of_kind_of(&self, other: &Self) -> bool {
+        let kind = |spec: &Self| Self {
+            size: 0,
+            commands: Vec::new(),
+            ..spec.clone()
+        };
+        kind(self) == kind(other)
+    }
+
     fn matches(&self, spec: &SandboxSpec) -> bool {
         spec.kernel == KernelChoice::Auto
             && self.nic == spec.network.needs_device()
@@ -177,12 +188,8 @@ impl Engine {
     pub async fn claim(&self, spec: &SandboxSpec) -> Result<Option<(Session, StartTimes)>> {
         let begun = Instant::now();
         spec.check()?;
-        // Its disks are a machine's from its beginning, and no member has any.
-        if !spec.volumes.is_empty() {
-            return Ok(None);
-        }
-        // Members are served nothing; what is asked for is mounted while a machine starts.
-        if !spec.mounts.is_empty() {
+        // Both are a machine's from its start, and no member has any.
+        if !spec.volumes.is_empty() || !spec.mounts.is_empty() {
             return Ok(None);
         }
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
@@ -336,14 +343,8 @@ impl Engine {
             failure: None,
             created_at: Timestamp::now(),
         };
-        let old = store.pools()?.into_iter().find(|old| {
-            let kind = |spec: &PoolSpec| PoolSpec {
-                size: 0,
-                commands: Vec::new(),
-                ..spec.clone()
-            };
-            kind(&PoolSpec::of(old)) == kind(&PoolSpec::of(&row))
-        });
+        let mut pools = store.pools()?.into_iter();
+        let old = pools.find(|old| PoolSpec::of(old).is_of_kind_of(&PoolSpec::of(&row)));
         let new = old.is_none();
         if let Some(old) = &old {
             row.id.clone_from(&old.id);

@@ -589,8 +589,7 @@ impl Engine {
         let mut launch = self.template_launch(&row, &facts, nic, &[])?;
         if let Some(jailer) = &facts.jailer {
             let id = jail::new_id()?;
-            let (cpus, memory) = (launch.vm.cpus, launch.vm.memory_mib);
-            launch.vm.jail = Some(self.allocate_jail(&mut store, &id, jailer, cpus, memory)?);
+            launch.vm.jail = Some(self.allocate_jail(&mut store, &id, jailer, &launch.vm)?);
         }
         let attention = Attention { watcher, cancel };
         let keeper = &self.config().keeper;

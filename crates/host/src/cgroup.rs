@@ -16,7 +16,10 @@ use crate::process::ProcessIdentity;
 pub const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// Time between tries to remove a group that does not say when it is empty.
-const MOMENT: Duration = Duration::from_millis(1);
+const MOMENT: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 
 /// How often a group is looked at whose processes make more of themselves.
 const ROUNDS_MAX: u32 = 16;
@@ -30,9 +33,7 @@ const ROUNDS_MAX: u32 = 16;
 ///
 /// Why there are none to use, in words.
 pub fn version(os: &Os) -> Result<u8, String> {
-    let table = Path::new("/proc/self/mounts");
-    let text = os.read("read", table).map_err(|error| error.to_string())?;
-    let mounts = mounts(&String::from_utf8_lossy(&text));
+    let mounts = hierarchies(os).map_err(|error| error.to_string())?;
     let mut why = "this host has no control groups for cpu, memory and pids".to_owned();
     for mount in mounts.iter().filter(|mount| mount.version == 2) {
         let words = |name: &str| {
@@ -71,10 +72,8 @@ pub fn version(os: &Os) -> Result<u8, String> {
 ///
 /// Those of kill(2) and rmdir(2); [`Other`](HostErrorKind::Other) if a process has not ended within `patience`.
 pub fn remove(os: &Os, parent: &str, name: &str, patience: Duration) -> Result<bool, HostError> {
-    let table = Path::new("/proc/self/mounts");
-    let text = os.read("read", table)?;
     let mut found = false;
-    for mount in mounts(&String::from_utf8_lossy(&text)) {
+    for mount in hierarchies(os)? {
         let group = mount.path.join(parent).join(name);
         if !group.is_dir() {
             continue;
@@ -99,7 +98,7 @@ fn remove_when_empty(group: &Path, patience: Duration) -> io::Result<()> {
             Ok(()) => return Ok(()),
             Err(_) => {}
         }
-        let step = match File::open(group.join("cgroup.events")) {
+        match File::open(group.join("cgroup.events")) {
             Ok(mut events) => {
                 // What it says is new until it is read (cgroup-v2.rst, "Un-populated Notification").
                 let mut said = String::new();
@@ -111,14 +110,12 @@ fn remove_when_empty(group: &Path, patience: Duration) -> io::Result<()> {
                     rustix::io::retry_on_intr(|| poll(&mut watched, Some(&left)))?;
                     continue;
                 }
-                MOMENT
             }
             // Groups of version 1 tell nobody.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => MOMENT,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
-        };
-        let step = Timespec::try_from(step).map_err(io::Error::other)?;
-        rustix::io::retry_on_intr(|| poll(&mut [], Some(&step)))?;
+        }
+        rustix::io::retry_on_intr(|| poll(&mut [], Some(&MOMENT)))?;
     }
 }
 
@@ -213,6 +210,12 @@ impl Mount {
     fn has(&self, controller: &str) -> bool {
         self.options.split(',').any(|option| option == controller)
     }
+}
+
+/// The hierarchies of this host.
+fn hierarchies(os: &Os) -> Result<Vec<Mount>, HostError> {
+    let table = os.read("read", Path::new("/proc/self/mounts"))?;
+    Ok(mounts(&String::from_utf8_lossy(&table)))
 }
 
 /// The hierarchies in a table of mounts (proc(5)). Pure.

@@ -78,7 +78,7 @@ fn files_max(mounts: usize) -> usize {
     let limit = getrlimit(Resource::Nofile);
     let most = limit.maximum.unwrap_or(FILES_MAX * 2);
     let raised = Rlimit {
-        current: limit.maximum.or(Some(most)),
+        current: Some(most),
         maximum: limit.maximum,
     };
     let have = match setrlimit(Resource::Nofile, raised) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use smolvm_engine::{
     CPUS_DEFAULT, DEFAULT_IMAGE, DISK_MIB_DEFAULT, DiskMode, Engine, ErrorKind, KernelChoice,
     MEMORY_MIB_DEFAULT, Mount, NetworkSpec, PoolSpec, PullPolicy, Reach, SandboxInfo, SandboxSpec,
-    Session, SshSpec,
+    Session, SshSpec, check_mounts,
 };
 
 use super::Context;
@@ -274,7 +274,7 @@ impl Machine {
             ..self.shape.kind.spec(&self.shape.image, kernel)?
         };
         spec.check()?;
-        engine.check_mounts(&spec.name, &spec.mounts)?;
+        check_mounts(&spec.name, &spec.mounts)?;
         if spec.network.needs_device() {
             // Before anything is pulled or built for it.
             engine.network_mode()?;

@@ -1,7 +1,7 @@
 //! `smolvm pool`: sandboxes made ahead of demand.
 
 use serde_json::{Value, json};
-use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PoolSpec, PullPolicy};
+use smolvm_engine::{ErrorKind, KernelChoice, PoolInfo, PullPolicy};
 
 use super::machine::Shape;
 use super::{Context, Outcome, block_on};
@@ -148,15 +148,7 @@ pub(crate) fn delete(args: &DeleteArgs, cx: &Context) -> Result<Outcome, CliErro
         .shape
         .pool(args.of.as_ref(), 0, Vec::new(), args.network);
     let mut specs: Vec<_> = engine.pools()?.into_iter().map(|pool| pool.spec).collect();
-    specs.retain(|spec| {
-        args.all
-            || wanted
-                == PoolSpec {
-                    size: 0,
-                    commands: Vec::new(),
-                    ..spec.clone()
-                }
-    });
+    specs.retain(|spec| args.all || wanted.is_of_kind_of(spec));
     if specs.is_empty() && !args.all {
         let error = smolvm_engine::Error::new(ErrorKind::NotFound, "there is no such pool");
         return Err(error.hint("see the pools with `smolvm pool ls`").into());

@@ -1,12 +1,10 @@
 //! Users of jails in and out of the store. That each is one jail's is decided here, by a unique constraint
 //! and one transaction at a time.
 
-use std::collections::BTreeSet;
-
 use rusqlite::{OptionalExtension as _, Row, TransactionBehavior, params};
 use smolvm_host::ProcessIdentity;
 
-use super::rows::{from_sql, to_sql};
+use super::rows::{from_sql, taken, to_sql};
 use super::{Store, sql};
 use crate::error::Result;
 
@@ -41,13 +39,8 @@ impl Store {
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(|error| sql(doing(), error))?;
-        let taken: BTreeSet<u32> = transaction
-            .prepare_cached("SELECT user FROM jails")
-            .and_then(|mut statement| {
-                let users = statement.query_map([], |row| row.get(0))?;
-                users.collect::<rusqlite::Result<_>>()
-            })
-            .map_err(|error| sql(doing(), error))?;
+        let taken =
+            taken(&transaction, "SELECT user FROM jails").map_err(|error| sql(doing(), error))?;
         let Some(user) = candidates.find(|user| !taken.contains(user)) else {
             return Ok(None);
         };
@@ -113,6 +106,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<JailRow> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::store::rows::tests::{process, store};
 

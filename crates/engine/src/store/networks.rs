@@ -1,12 +1,11 @@
 //! Networks in and out of the store: what sandboxes may reach, and what those that run have.
 
-use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
-use super::rows::{column, from_sql, to_sql};
+use super::rows::{column, from_sql, taken, to_sql};
 use super::{Store, sql};
 use crate::error::{Error, ErrorKind, Result};
 use crate::network::{NetworkSpec, Reach};
@@ -70,13 +69,7 @@ impl Store {
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(|error| sql(doing(), error))?;
-        let taken: BTreeSet<u32> = transaction
-            .prepare_cached("SELECT address FROM sandbox_networks")
-            .and_then(|mut statement| {
-                statement
-                    .query_map([], |row| row.get(0))?
-                    .collect::<rusqlite::Result<_>>()
-            })
+        let taken = taken(&transaction, "SELECT address FROM sandbox_networks")
             .map_err(|error| sql(doing(), error))?;
         let mut shared = None;
         let free = candidates.find(|address| {
@@ -235,6 +228,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<NetworkRow> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::store::rows::tests::{row, store};
 

@@ -1,12 +1,13 @@
 //! Rows in and out of the store.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use rusqlite::types::Type;
-use rusqlite::{OptionalExtension as _, Row, named_params, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 use smolvm_host::oci::ImageConfig;
 use smolvm_host::process::ProcessIdentity;
 
@@ -780,6 +781,14 @@ pub(super) fn instant(row: &Row<'_>, at: usize) -> rusqlite::Result<Timestamp> {
 
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The numbers that a statement selects: those that are in use.
+pub(super) fn taken(connection: &Connection, select: &str) -> rusqlite::Result<BTreeSet<u32>> {
+    connection
+        .prepare_cached(select)?
+        .query_map([], |row| row.get(0))?
+        .collect()
 }
 
 /// SQLite's integers are signed; sizes and ticks never reach the last bit.

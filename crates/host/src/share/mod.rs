@@ -313,7 +313,7 @@ impl Share {
             OsStr::from_bytes(name),
             OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+            WITHIN,
         )
     }
 
@@ -524,7 +524,7 @@ impl Share {
             OsStr::from_bytes(name),
             access | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             mode,
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+            WITHIN,
         )
     }
 
@@ -671,6 +671,11 @@ impl Share {
         Ok(())
     }
 }
+
+/// How a name is looked for: in its directory and nowhere else.
+const WITHIN: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS);
 
 /// Modes of opening in which a file may be written to.
 const WRITES: OFlags = OFlags::WRONLY.union(OFlags::RDWR);

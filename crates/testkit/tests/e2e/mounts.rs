@@ -40,7 +40,10 @@ fn a_directory_is_read_and_written_as_was_asked_and_nothing_beside_it() {
     // Belongs to somebody else: whatever the guest makes there is that one's.
     std::os::unix::fs::chown(&shared, Some(4321), Some(4322)).expect("given");
 
-    let flags = [flag(&shared, "/srv/a b/work:rw"), flag(&read, "/srv/read")];
+    let flags = [
+        flag(&shared, "/srv/a b/shared:rw"),
+        flag(&read, "/srv/read"),
+    ];
     home.create("box", &["-v", &flags[0], "-v", &flags[1]]);
     assert_eq!(home.sh("box", "cat /srv/read/file"), "to read\n");
     // A link is the guest's to follow, in the guest.
@@ -62,7 +65,7 @@ fn a_directory_is_read_and_written_as_was_asked_and_nothing_beside_it() {
     // Both ways, as any user of the guest.
     home.sh(
         "box",
-        "cd '/srv/a b/work'; su -s /bin/sh nobody -c 'mkdir d && echo guest > d/file && chmod 640 d/file'; \
+        "cd '/srv/a b/shared'; su -s /bin/sh nobody -c 'mkdir d && echo guest > d/file && chmod 640 d/file'; \
          ln d/file hard; ln -s d/file soft; cat soft > copy; mv copy moved; : > gone; rm gone",
     );
     assert_eq!(fs::read(shared.join("moved")).expect("there"), b"guest\n");
@@ -73,10 +76,13 @@ fn a_directory_is_read_and_written_as_was_asked_and_nothing_beside_it() {
     );
     assert_eq!(made.nlink(), 2);
     fs::write(shared.join("d/from-host"), "host\n").expect("written");
-    assert_eq!(home.sh("box", "cat '/srv/a b/work/d/from-host'"), "host\n");
+    assert_eq!(
+        home.sh("box", "cat '/srv/a b/shared/d/from-host'"),
+        "host\n"
+    );
     // A change of the host's is seen when what was known of the file is a second old.
     fs::write(shared.join("d/from-host"), "changed\n").expect("written");
-    let seen = "cd '/srv/a b/work/d'; for _ in $(seq 100); do grep -q changed from-host && break; \
+    let seen = "cd '/srv/a b/shared/d'; for _ in $(seq 100); do grep -q changed from-host && break; \
                 sleep 0.1; done; cat from-host";
     assert_eq!(home.sh("box", seen), "changed\n");
 
@@ -84,14 +90,14 @@ fn a_directory_is_read_and_written_as_was_asked_and_nothing_beside_it() {
     let large = "
 import mmap, random
 data = random.Random(7).randbytes(20_000_000)
-open('/srv/a b/work/large', 'wb').write(data)
-f = open('/srv/a b/work/mapped', 'w+b')
+open('/srv/a b/shared/large', 'wb').write(data)
+f = open('/srv/a b/shared/mapped', 'w+b')
 f.truncate(len(data))
 m = mmap.mmap(f.fileno(), len(data))
 m[:] = data
 m.close()
 f.close()
-print(open('/srv/a b/work/large', 'rb').read() == data)
+print(open('/srv/a b/shared/large', 'rb').read() == data)
 ";
     let python = ["exec", "box", "--", "python3", "-c", large];
     assert_eq!(home.smolvm(python).run().ok().out(), "True\n");
@@ -118,7 +124,7 @@ print(open('/srv/a b/work/large', 'rb').read() == data)
     vmm.signal(Signal::KILL);
     vmm.wait("the machine");
     home.smolvm(["start", "box"]).run().ok();
-    assert_eq!(home.sh("box", "cat '/srv/a b/work/moved'"), "guest\n");
+    assert_eq!(home.sh("box", "cat '/srv/a b/shared/moved'"), "guest\n");
     home.rm(&["box"]);
     home.is_clean();
     assert!(shared.join("moved").exists(), "what was made stays");
@@ -130,21 +136,27 @@ fn a_sandbox_with_a_directory_comes_from_a_template_and_commands_find_it() {
     let shared = home.scratch().join("d");
     fs::create_dir(&shared).expect("made");
     fs::write(shared.join("file"), "here\n").expect("written");
-    let cat = ["--", "cat", "/work/file"];
+    let cat = ["--", "cat", "/shared/file"];
     let run = |flags: &[&str]| home.smolvm(["run"]).args(flags).args(cat).run().ok().out();
     home.smolvm(["run", "--", "true"]).run().ok();
-    home.create("box", &["-v", &flag(&shared, "/work")]);
+    home.create("box", &["-v", &flag(&shared, "/shared")]);
     assert!(restored(&home, "box"), "it has no template of its own");
     home.rm(&["box"]);
-    assert_eq!(run(&["-v", &flag(&shared, "/work")]), "here\n");
+    assert_eq!(run(&["-v", &flag(&shared, "/shared")]), "here\n");
     // One in the other, in whatever order; relative to where it is run.
     let inner = home.scratch().join("inner");
     fs::create_dir(&inner).expect("made");
     fs::write(inner.join("file"), "inner\n").expect("written");
     fs::create_dir(shared.join("sub")).expect("made");
     let out = home
-        .smolvm(["run", "-v", &flag(&inner, "/work/sub"), "-v", "./d:/work"])
-        .args(["--", "sh", "-c", "cat /work/file /work/sub/file"])
+        .smolvm([
+            "run",
+            "-v",
+            &flag(&inner, "/shared/sub"),
+            "-v",
+            "./d:/shared",
+        ])
+        .args(["--", "sh", "-c", "cat /shared/file /shared/sub/file"])
         .within(["env", "-C", &home.scratch().to_string_lossy()])
         .run()
         .ok();
@@ -205,11 +217,11 @@ fn the_small_kernel_mounts_directories_too() {
     let run = [
         "run",
         "-v",
-        &flag(&shared, "/work:rw"),
+        &flag(&shared, "/shared:rw"),
         "--",
         "sh",
         "-c",
-        "uname -r > /work/made",
+        "uname -r > /shared/made",
     ];
     home.smolvm(run).run().ok();
     let made = fs::read_to_string(shared.join("made")).expect("there");
@@ -224,8 +236,8 @@ fn an_ordinary_users_directory_is_that_users() {
     fs::create_dir(&shared).expect("made");
     fs::set_permissions(&shared, fs::Permissions::from_mode(0o777)).expect("opened");
     let own = fs::metadata(home.data()).expect("there");
-    home.create("box", &["-v", &flag(&shared, "/work:rw")]);
-    home.sh("box", "id -u > /work/made; mkdir /work/dir");
+    home.create("box", &["-v", &flag(&shared, "/shared:rw")]);
+    home.sh("box", "id -u > /shared/made; mkdir /shared/dir");
     let made = fs::metadata(shared.join("made")).expect("there");
     assert_eq!((made.uid(), made.gid()), (own.uid(), own.gid()));
     assert_eq!(fs::read(shared.join("made")).expect("there"), b"0\n");
