@@ -449,31 +449,22 @@ impl Assets<'_> {
         let dir = self.layout.downloads();
         self.os.create_dir_all("make the directory", &dir)?;
         let path = dir.join(format!("pull-{}.lock", remote.digest.hex()));
-        let mut told = false;
-        loop {
-            let lock = match self.os.try_lock("lock the pull", &path)? {
-                Some(lock) => lock,
-                None => {
-                    if !told {
-                        watcher.progress(&Progress {
-                            task: task.to_owned(),
-                            phase: "waiting for another process that pulls it".to_owned(),
-                            fraction: None,
-                        });
-                        told = true;
-                    }
-                    self.os.lock("lock the pull", &path)?
-                }
-            };
-            // Whoever had it removes the file with it.
-            if lock.is_at(&path) {
-                return Ok(PullTurn {
-                    os: self.os.clone(),
-                    path,
-                    _lock: lock,
+        let lock = match self.os.try_lock("lock the pull", &path)? {
+            Some(lock) => lock,
+            None => {
+                watcher.progress(&Progress {
+                    task: task.to_owned(),
+                    phase: "waiting for another process that pulls it".to_owned(),
+                    fraction: None,
                 });
+                self.os.lock("lock the pull", &path)?
             }
-        }
+        };
+        Ok(PullTurn {
+            os: self.os.clone(),
+            path,
+            _lock: lock,
+        })
     }
 
     fn pull(

@@ -15,7 +15,7 @@ use smolvm_proto::keeper::{ClaimRequest, KeeperEvent, KeeperReason, KeeperReques
 
 use crate::assets::unknown_image;
 use crate::config::Config;
-use crate::engine::{Beginning, Engine, StartTimes, myself, random_u64};
+use crate::engine::{Beginning, Engine, StartTimes, entries, myself, random_u64};
 use crate::error::{Error, ErrorKind, Result, io};
 use crate::exec::env_vars;
 use crate::launch::WarmCommand;
@@ -28,6 +28,9 @@ use crate::teardown;
 
 /// Most members of a pool.
 pub const POOL_SIZE_MAX: u32 = 1024;
+
+/// Kinds of a pool's files, the lock last.
+const POOL_FILES: [&str; 3] = ["json", "log", "lock"];
 
 /// Most time a member's keeper may take to answer a claim. It gives its guest ten seconds at most, of
 /// which the guest has a processor for one; a keeper that needs longer than that does not answer at all.
@@ -328,7 +331,7 @@ impl Engine {
         let Some(image) = store.image(&spec.image)? else {
             return Err(unknown_image(&spec.image));
         };
-        let mut row = PoolRow {
+        let row = PoolRow {
             id: format!("{:016x}", random_u64()?),
             image: image.name.clone(),
             cpus: spec.cpus,
@@ -343,19 +346,14 @@ impl Engine {
             failure: None,
             created_at: Timestamp::now(),
         };
-        let mut pools = store.pools()?.into_iter();
-        let old = pools.find(|old| PoolSpec::of(old).is_of_kind_of(&PoolSpec::of(&row)));
-        let new = old.is_none();
-        if let Some(old) = &old {
-            row.id.clone_from(&old.id);
-        }
         if spec.size == 0 {
-            let row = store.put_pool(&row)?;
-            return self.remove_pool(&mut store, &row.id).await;
+            return self.remove_pool(&mut store, row).await;
         }
-        let path = self.pool_file_for_lock(&row.id)?;
-        let lock = self.os().lock("lock the pool", &path)?;
-        if old.is_some_and(|old| old.commands != row.commands) {
+        let (lock, old, new) = self.lock_pool_like(&mut store, &row)?;
+        let row = PoolRow { id: old.id, ..row };
+        if old.commands == row.commands {
+            store.put_pool(&row)?;
+        } else {
             // Members that other commands have warmed are of another kind.
             ready(0);
             let kernel = self.kernel_key(&KernelChoice::Auto)?;
@@ -363,8 +361,6 @@ impl Engine {
             store.put_pool(&row)?;
             self.remove_members(&mut store, &row.id, |member| member.id != proven)
                 .await?;
-        } else {
-            row = store.put_pool(&row)?;
         }
         let text = serde_json::to_vec(self.config()).map_err(|error| {
             Error::new(ErrorKind::Internal, "could not write the pool's file").because(error)
@@ -378,29 +374,90 @@ impl Engine {
             Durability::Synced,
         )?;
         let filled = self.fill_locked(&row.id, &lock, ready).await;
-        drop(lock);
         if filled.is_err() && new && store.members(&row.id)?.is_empty() {
             // Whoever asks for a sandbox later would try in vain each time.
-            row.size = 0;
-            store.put_pool(&row)?;
-            self.remove_pool(&mut store, &row.id).await?;
+            self.remove_locked(&mut store, &row.id, lock).await?;
         }
         filled
     }
 
-    /// Removes the members of a pool of size 0, and its row last.
-    async fn remove_pool(&self, store: &mut Store, id: &str) -> Result<()> {
+    /// The lock of the pool for the same sandboxes, and that pool; where there is none, `wanted` is made
+    /// it, which the last part of the answer says.
+    fn lock_pool_like(&self, store: &mut Store, wanted: &PoolRow) -> Result<(Lock, PoolRow, bool)> {
+        loop {
+            let found = pool_like(store, wanted)?;
+            let id = found.as_ref().map_or(&wanted.id, |found| &found.id);
+            let lock = self
+                .os()
+                .lock("lock the pool", &self.pool_file_for_lock(id)?)?;
+            // Whoever had the lock may have changed the pool, or removed it; and where there was none,
+            // somebody else may have made one.
+            let kept = match &found {
+                Some(found) => pool_with(store, &found.id)?,
+                None => store.put_pool(wanted)?,
+            };
+            if let Some(kept) = kept {
+                return Ok((lock, kept, found.is_none()));
+            }
+            self.remove_pool_files(id)?;
+        }
+    }
+
+    /// Removes the pool for the same sandboxes as `wanted`, if there is one.
+    async fn remove_pool(&self, store: &mut Store, wanted: PoolRow) -> Result<()> {
+        let Some(PoolRow { id, .. }) = pool_like(store, &wanted)? else {
+            return Ok(());
+        };
         // Whoever fills it at this moment notices, and ends; what it has made is then here.
+        store.put_pool(&PoolRow {
+            id: id.clone(),
+            size: 0,
+            ..wanted
+        })?;
         let lock = self
             .os()
-            .lock("lock the pool", &self.pool_file_for_lock(id)?)?;
+            .lock("lock the pool", &self.pool_file_for_lock(&id)?)?;
+        self.remove_locked(store, &id, lock).await
+    }
+
+    /// Removes a pool with its members. Idempotent.
+    async fn remove_locked(&self, store: &mut Store, id: &str, lock: Lock) -> Result<()> {
         self.remove_members(store, id, |_| true).await?;
-        for kind in ["json", "log", "lock"] {
+        // Before the lock goes: who waits for it must not find a pool that is on its way out.
+        store.delete_pool(id)?;
+        self.remove_pool_files(id)?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// Removes the files of a pool that is not there any more, by whoever has its lock.
+    fn remove_pool_files(&self, id: &str) -> Result<()> {
+        for kind in POOL_FILES {
             self.os()
                 .remove_file("remove the pool's file", &self.pool_file(id, kind))?;
         }
-        drop(lock);
-        store.delete_pool(id)
+        Ok(())
+    }
+
+    /// Files of pools that are not there any more.
+    pub(crate) fn stray_pool_files(&self, store: &Store) -> Result<Vec<PathBuf>> {
+        let mut strays = Vec::new();
+        for entry in entries(&self.layout().pools())? {
+            let path = entry.path();
+            let id = path.file_stem().unwrap_or_default().to_string_lossy();
+            let lock = self.pool_file(&id, "lock");
+            if pool_with(store, &id)?.is_some() {
+                continue;
+            }
+            // Somebody may be about to make it. What nobody ever locked has no such file, and gets none.
+            let free = !lock.exists() || self.os().try_lock("lock the pool", &lock)?.is_some();
+            if free && pool_with(store, &id)?.is_none() {
+                strays.push(path);
+            }
+        }
+        // The lock last.
+        strays.sort_by_key(|path| path.extension().is_some_and(|kind| kind == "lock"));
+        Ok(strays)
     }
 
     fn pool_file_for_lock(&self, id: &str) -> Result<PathBuf> {
@@ -434,6 +491,9 @@ impl Engine {
             let Some(lock) = self.os().try_lock("lock the pool", &path)? else {
                 return Ok(());
             };
+            if pool_with(&self.store()?, id)?.is_none() {
+                return self.remove_pool_files(id);
+            }
             self.fill_locked(id, &lock, &mut |_| {}).await?;
             drop(lock);
             // A claim that saw the lock taken relies on whoever held it to look once more.
@@ -447,7 +507,7 @@ impl Engine {
         let mut store = self.store()?;
         loop {
             // Looked up each time: it may be changed or removed meanwhile.
-            let Some(pool) = store.pools()?.into_iter().find(|pool| pool.id == id) else {
+            let Some(pool) = pool_with(&store, id)? else {
                 return Ok(());
             };
             teardown::reconcile(self.os(), self.layout(), &mut store)?;
@@ -515,8 +575,7 @@ impl Engine {
 
     /// How many members a pool lacks that could be claimed.
     fn lacks(&self, store: &Store, id: &str) -> Result<u32> {
-        let pools = store.pools()?;
-        let Some(pool) = pools.iter().find(|pool| pool.id == id) else {
+        let Some(pool) = pool_with(store, id)? else {
             return Ok(0);
         };
         let Some(image) = store.image(&pool.image)? else {
@@ -565,6 +624,17 @@ impl Engine {
     fn pool_file(&self, id: &str, kind: &str) -> PathBuf {
         self.layout().pools().join(format!("{id}.{kind}"))
     }
+}
+
+/// The pool for the same sandboxes as `wanted`.
+fn pool_like(store: &Store, wanted: &PoolRow) -> Result<Option<PoolRow>> {
+    let wanted = PoolSpec::of(wanted);
+    let mut pools = store.pools()?.into_iter();
+    Ok(pools.find(|pool| PoolSpec::of(pool).is_of_kind_of(&wanted)))
+}
+
+fn pool_with(store: &Store, id: &str) -> Result<Option<PoolRow>> {
+    Ok(store.pools()?.into_iter().find(|pool| pool.id == id))
 }
 
 /// Whether a member is of use to somebody who wants this image and kernel.

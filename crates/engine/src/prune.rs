@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::engine::{Engine, entries, used_below, wait_for_end};
 use crate::error::Result;
 use crate::launch::Launch;
-use crate::store::{State, Store};
+use crate::store::{SandboxRow, State, Store};
 use crate::teardown;
 
 /// Something [`Engine::prune`] removed, or would.
@@ -89,12 +89,15 @@ impl Engine {
             }
         }
         let used = self.prune_sandboxes(&store, dry_run, &mut report)?;
+        self.prune_members(&mut store, &rows, dry_run, &mut report)
+            .await?;
         if !dry_run {
             self.reconcile_volumes(&mut store)?;
             self.reconcile_snapshots(&mut store)?;
         }
         let mut strays = self.stray_volumes(&store)?;
         strays.extend(self.stray_snapshots(&store)?);
+        strays.extend(self.stray_pool_files(&store)?);
         for path in strays.into_iter().filter(|path| !used.covers(path)) {
             report.pruned.push(leftover(&path));
             if !dry_run {
@@ -123,6 +126,31 @@ impl Engine {
             }
         }
         Ok(report)
+    }
+
+    /// Removes members of pools that are not there any more: nobody would get or see them.
+    async fn prune_members(
+        &self,
+        store: &mut Store,
+        rows: &[SandboxRow],
+        dry_run: bool,
+        report: &mut PruneReport,
+    ) -> Result<()> {
+        // Read after the members: a pool is recorded before the first one, and goes after the last.
+        let pools = store.pools()?;
+        let is_there = |id: &String| pools.iter().any(|pool| pool.id == *id);
+        for row in rows {
+            if row.pool.as_ref().is_none_or(is_there) {
+                continue;
+            }
+            report
+                .pruned
+                .push(leftover(self.layout().sandbox(&row.id).path()));
+            if !dry_run {
+                self.delete_row(store, row.clone()).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the directories of no sandbox, and says what those use that are held all the same.

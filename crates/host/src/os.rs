@@ -49,10 +49,8 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Whether the file that is locked is the one at `path` now. Where a holder removes the file of a
-    /// lock, whoever gets it after that has locked nothing, and is to try again.
-    #[must_use]
-    pub fn is_at(&self, path: &Path) -> bool {
+    /// Whether the file that is locked is the one at `path` now.
+    fn is_at(&self, path: &Path) -> bool {
         use std::os::unix::fs::MetadataExt;
         match (self.file.metadata(), fs::symlink_metadata(path)) {
             (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
@@ -280,19 +278,26 @@ impl Os {
     /// Opens `path`, creating it empty if need be, and takes the exclusive lock if it is free;
     /// `None` if another process, or another `Lock` of this one, holds it. Never waits.
     ///
-    /// The file is to stay where it is: removing a lock file lets two holders hold two files of
-    /// the same name.
+    /// Only a holder may remove or rename the file. Whoever waits for it then gets the file that is there
+    /// after that: a lock on the old one would keep nobody out.
     ///
     /// # Errors
     ///
     /// Those of open(2) and flock(2).
     pub fn try_lock(&self, op: &'static str, path: &Path) -> Result<Option<Lock>, HostError> {
         self.effect(op, path, || {
-            let file = open_lock(path)?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => Ok(Some(Lock { file })),
-                Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-                Err(e) => Err(e.into()),
+            loop {
+                let file = open_lock(path)?;
+                match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                    Ok(()) => {
+                        let lock = Lock { file };
+                        if lock.is_at(path) {
+                            return Ok(Some(lock));
+                        }
+                    }
+                    Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                    Err(e) => return Err(e.into()),
+                }
             }
         })
     }
@@ -304,9 +309,15 @@ impl Os {
     /// Those of open(2) and flock(2).
     pub fn lock(&self, op: &'static str, path: &Path) -> Result<Lock, HostError> {
         self.effect(op, path, || {
-            let file = open_lock(path)?;
-            rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))?;
-            Ok(Lock { file })
+            loop {
+                let file = open_lock(path)?;
+                let exclusive = FlockOperation::LockExclusive;
+                rustix::io::retry_on_intr(|| rustix::fs::flock(&file, exclusive))?;
+                let lock = Lock { file };
+                if lock.is_at(path) {
+                    return Ok(lock);
+                }
+            }
         })
     }
 
@@ -471,5 +482,34 @@ mod tests {
         assert!(os.try_lock("lock", &path).unwrap().is_none());
         drop(held);
         assert!(os.try_lock("lock", &path).unwrap().is_some());
+    }
+
+    /// Waits until somebody waits for a lock on the file (`/proc/locks`, proc_locks(5)).
+    fn wait_for_waiter(file: u64) {
+        let waits = |line: &str| line.contains("->") && line.contains(&format!(":{file} "));
+        while !fs::read_to_string("/proc/locks")
+            .unwrap()
+            .lines()
+            .any(waits)
+        {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_waited_for_a_lock_has_the_file_that_is_there_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let os = Os::new();
+        let held = os.lock("lock", &path).unwrap();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| os.lock("lock", &path).unwrap());
+            wait_for_waiter(fs::metadata(&path).unwrap().ino());
+            os.remove_file("remove", &path).unwrap();
+            drop(held);
+            let _theirs = waiter.join().unwrap();
+            assert!(path.exists());
+            assert!(os.try_lock("lock", &path).unwrap().is_none());
+        });
     }
 }

@@ -301,6 +301,31 @@ async fn a_paused_sandbox_says_so_and_can_be_ended() {
     }
 }
 
+/// Whoever makes a pool, fills it or removes it has to be done before the next one begins; and the last
+/// word leaves nothing.
+#[test]
+fn a_pool_that_many_set_and_remove_at_once_leaves_nothing() {
+    let home = Home::new();
+    let engine = home.engine();
+    let both = |size: u32| {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        for _ in 0..6 {
+            let set = runtime.block_on(engine.set_pool(&pool(size, &[]), &mut |_| {}));
+            set.expect("set");
+        }
+    };
+    std::thread::scope(|scope| {
+        for size in [2, 0, 3, 0] {
+            scope.spawn(move || both(size));
+        }
+    });
+    both(0);
+    assert_eq!(engine.pools().expect("a list"), []);
+    let files = std::fs::read_dir(home.layout().pools()).expect("the directory");
+    assert_eq!(files.count(), 0, "a pool left files");
+    home.assert_clean("after the last one");
+}
+
 /// Of many who want the same few members each gets one of its own, or none.
 #[tokio::test]
 async fn a_member_is_claimed_by_one() {
@@ -777,6 +802,50 @@ async fn what_belongs_to_no_sandbox_is_pruned() {
     assert_eq!(engine.info("a").expect("untouched").state, State::Running);
     engine.stop("a", Duration::ZERO).await.expect("stopped");
     engine.prune(false, true).await.expect("pruned");
+    home.assert_clean("after pruning");
+}
+
+#[tokio::test]
+async fn what_belongs_to_a_pool_that_is_gone_is_pruned() {
+    let home = Home::new();
+    let engine = home.engine();
+    let kept = PoolSpec {
+        memory_mib: 300,
+        ..pool(1, &[])
+    };
+    for pool in [&pool(2, &[]), &kept] {
+        engine.set_pool(pool, &mut |_| {}).await.expect("a pool");
+    }
+    let mut store = Store::open(&home.layout().database()).expect("the store");
+    let pools = store.pools().expect("the pools");
+    let gone = pools.iter().find(|row| row.memory_mib != 300);
+    store
+        .delete_pool(&gone.expect("the first").id)
+        .expect("deleted");
+    let stray = home.layout().pools().join("0000000000000000.log");
+    std::fs::write(&stray, "").expect("a file");
+
+    // Two members, the pool's two files, and the stray.
+    let would = engine.prune(true, false).await.expect("a dry run").pruned;
+    assert_eq!(would.len(), 5, "{would:?}");
+    assert!(stray.exists());
+    assert_eq!(
+        engine
+            .prune(false, false)
+            .await
+            .expect("pruned")
+            .pruned
+            .len(),
+        5
+    );
+    let again = engine.prune(false, false).await.expect("pruned").pruned;
+    assert_eq!(again, []);
+    let pools = engine.pools().expect("a list");
+    assert_eq!((pools.len(), pools[0].ready), (1, 1), "{pools:?}");
+    let gone = PoolSpec { size: 0, ..kept };
+    engine.set_pool(&gone, &mut |_| {}).await.expect("removed");
+    let files = std::fs::read_dir(home.layout().pools()).expect("the directory");
+    assert_eq!(files.count(), 0, "a pool left files");
     home.assert_clean("after pruning");
 }
 

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use rusqlite::{Params, Row, params};
+use rusqlite::{OptionalExtension as _, Params, Row, params};
 
 use super::rows::{column, from_sql, instant};
 use super::{Store, sql};
@@ -45,21 +45,22 @@ const COLUMNS: &str = "id, image, cpus, memory_mib, disk_mib, disk_mode, size, h
                        created_ms, nic";
 
 impl Store {
-    /// Writes a pool, or gives the one of the same kind another size and other commands. Its counts
-    /// stay. Returns it as it is then.
-    pub fn put_pool(&mut self, row: &PoolRow) -> Result<PoolRow> {
+    /// Writes a pool, or gives the one of the same id another size and other commands. Its counts
+    /// stay. Returns it as it is then; `None` if another pool is for the same sandboxes.
+    pub fn put_pool(&mut self, row: &PoolRow) -> Result<Option<PoolRow>> {
         let doing = || format!("could not record the pool of image `{}`", row.image);
         let transaction = self
             .connection
             .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
             .map_err(|error| sql(doing(), error))?;
-        let kept: PoolRow = transaction
+        let kept: Option<PoolRow> = transaction
             .query_row(
                 &format!(
                     "INSERT INTO pools (id, image, cpus, memory_mib, disk_mib, disk_mode, nic, size, \
                      created_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) \
                      ON CONFLICT (image, cpus, memory_mib, disk_mib, disk_mode, nic) \
-                     DO UPDATE SET size = excluded.size, failure = NULL RETURNING {COLUMNS}"
+                     DO UPDATE SET size = excluded.size, failure = NULL WHERE id = excluded.id \
+                     RETURNING {COLUMNS}"
                 ),
                 params![
                     row.id,
@@ -74,7 +75,11 @@ impl Store {
                 ],
                 read,
             )
+            .optional()
             .map_err(|error| sql(doing(), error))?;
+        let Some(kept) = kept else {
+            return Ok(None);
+        };
         transaction
             .execute("DELETE FROM pool_commands WHERE pool_id = ?", [&kept.id])
             .map_err(|error| sql(doing(), error))?;
@@ -87,10 +92,10 @@ impl Store {
                 .map_err(|error| sql(doing(), error))?;
         }
         transaction.commit().map_err(|error| sql(doing(), error))?;
-        Ok(PoolRow {
+        Ok(Some(PoolRow {
             commands: row.commands.clone(),
             ..kept
-        })
+        }))
     }
 
     /// All pools, oldest first.
@@ -190,19 +195,22 @@ mod tests {
             failure: None,
             created_at: now(),
         };
-        assert_eq!(store.put_pool(&row).expect("written"), row);
+        assert_eq!(store.put_pool(&row).expect("written"), Some(row.clone()));
         store.count_pool_miss("p").expect("counted");
         store
             .set_pool_failure("p", Some("no room"))
             .expect("written");
-        let again = store
-            .put_pool(&PoolRow {
-                id: "other".to_owned(),
-                size: 3,
-                commands: vec!["ls".to_owned()],
-                ..row.clone()
-            })
-            .expect("written");
+        let wanted = PoolRow {
+            size: 3,
+            commands: vec!["ls".to_owned()],
+            ..row.clone()
+        };
+        let other = PoolRow {
+            id: "other".to_owned(),
+            ..wanted.clone()
+        };
+        assert_eq!(store.put_pool(&other).expect("not written"), None);
+        let again = store.put_pool(&wanted).expect("written").expect("its id");
         let expected = PoolRow {
             size: 3,
             misses: 1,

@@ -484,17 +484,18 @@ impl Remote {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(HostError::io("open", path, error)),
         };
-        let file = loop {
-            if let Some(file) = open(&place)? {
-                progress(layer.size);
-                return Ok(file);
-            }
-            let lock = os.lock("lock the file for the layer", &partial)?;
-            // Whoever had it may have put it in its place, or away.
-            if lock.is_at(&partial) {
-                break File::from(OwnedFd::from(lock));
-            }
-        };
+        if let Some(file) = open(&place)? {
+            progress(layer.size);
+            return Ok(file);
+        }
+        let lock = os.lock("lock the file for the layer", &partial)?;
+        // Whoever had it may have put the layer in its place.
+        if let Some(file) = open(&place)? {
+            os.remove_file("remove the file for a layer that is there", &partial)?;
+            progress(layer.size);
+            return Ok(file);
+        }
+        let file = File::from(OwnedFd::from(lock));
         let mut download = Download {
             remote: self,
             os,
