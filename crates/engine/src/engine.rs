@@ -1216,7 +1216,7 @@ impl Engine {
                 Ok(Err(_)) if row.engine.is_some() => wait_for_end(&row).await?,
                 Ok(Err(error)) => return Err(error),
                 Err(_) => {
-                    teardown::end_processes(&row)?;
+                    teardown::end_processes(self.layout(), &row)?;
                     return match self.row(&mut store, name) {
                         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
                         _ => Ok(true),
@@ -1239,9 +1239,10 @@ impl Engine {
 
     /// Removes the sandbox of this row.
     pub(crate) async fn delete_row(&self, store: &mut Store, row: SandboxRow) -> Result<()> {
+        teardown::check_ours(self.layout(), &row)?;
         if teardown::is_out_of_reach(self.layout(), store, &row)? {
             // Nobody can ask it to end.
-            teardown::end_processes(&row)?;
+            teardown::end_processes(self.layout(), &row)?;
         }
         // One that cannot be repaired, as on a full disk, is off, and can be removed.
         let Some(row) = teardown::row_to_show(self.os(), self.layout(), store, row)? else {
@@ -1264,7 +1265,7 @@ impl Engine {
                         None => Ok(()),
                     };
                 }
-                _ => teardown::end_processes(&row)?,
+                _ => teardown::end_processes(self.layout(), &row)?,
             }
         }
         // Off by now; whoever else removes it as well does the same steps.

@@ -226,7 +226,7 @@ impl Engine {
             let asked = tokio::time::timeout(CLAIM_PATIENCE, session.client.ask_keeper(&request));
             let Ok(answer) = asked.await else {
                 // It must not become the sandbox after another one has.
-                teardown::end_processes(&member)?;
+                teardown::end_processes(self.layout(), &member)?;
                 continue;
             };
             match answer {

@@ -79,6 +79,10 @@ impl Engine {
             .iter()
             .filter(|row| stopped && !row.state.is_held() && !row.spec.name.is_hidden())
         {
+            // Shown as off, but another directory's, of which this one is a copy.
+            if teardown::check_ours(self.layout(), row).is_err() {
+                continue;
+            }
             report.pruned.push(Pruned {
                 kind: "sandbox",
                 name: row.spec.name.to_string(),
@@ -91,10 +95,21 @@ impl Engine {
         let used = self.prune_sandboxes(&store, dry_run, &mut report)?;
         self.prune_members(&mut store, &rows, dry_run, &mut report)
             .await?;
+        let abandoned = self.abandoned_snapshots(&store)?;
+        let mut abandoned: Vec<_> = abandoned
+            .iter()
+            .map(|row| leftover(&self.layout().snapshots().join(&row.id)))
+            .collect();
         if !dry_run {
             self.reconcile_volumes(&mut store)?;
-            self.reconcile_snapshots(&mut store)?;
+            let removed = self.reconcile_snapshots(&mut store)?;
+            abandoned.retain(|it| {
+                removed
+                    .iter()
+                    .any(|path| path.display().to_string() == it.name)
+            });
         }
+        report.pruned.extend(abandoned);
         let mut strays = self.stray_volumes(&store)?;
         strays.extend(self.stray_snapshots(&store)?);
         strays.extend(self.stray_pool_files(&store)?);

@@ -415,9 +415,13 @@ impl Engine {
         let Some(mut store) = Store::open_existing(&self.layout().database())? else {
             return Err(unknown_snapshot(name));
         };
-        self.reconcile_snapshots(&mut store)?;
-        let row = ready(&store, name)?;
-        self.destroy_snapshot(&mut store, &row.id)
+        // Also one whose removal failed before.
+        match store.snapshot_named(name)? {
+            Some(row) if row.state != SnapshotState::Making => {
+                self.destroy_snapshot(&mut store, &row.id)
+            }
+            _ => Err(unknown_snapshot(name)),
+        }
     }
 
     // ---- forks ----
@@ -712,19 +716,36 @@ impl Engine {
         store.delete_snapshot(id)
     }
 
-    /// Removes what processes that are gone left half made or half removed.
-    pub(crate) fn reconcile_snapshots(&self, store: &mut Store) -> Result<()> {
-        for row in store.snapshots()? {
-            let abandoned = match (row.state, &row.holder) {
-                (SnapshotState::Ready, _) => false,
-                (_, Some(holder)) => !holder.is_alive()?,
-                (_, None) => true,
-            };
-            if abandoned {
-                self.destroy_snapshot(store, &row.id)?;
+    /// Removes what processes that are gone left half made or half removed, and says what that was. What
+    /// cannot be removed keeps nobody from the others: it is warned of, and tried again each time.
+    pub(crate) fn reconcile_snapshots(&self, store: &mut Store) -> Result<Vec<PathBuf>> {
+        let mut removed = Vec::new();
+        for row in self.abandoned_snapshots(store)? {
+            match self.destroy_snapshot(store, &row.id) {
+                Ok(()) => removed.push(self.snapshot_dir(&row.id)),
+                Err(error) => tracing::warn!(
+                    "could not remove what is left of snapshot `{}`: {}",
+                    row.name,
+                    error.in_one_line()
+                ),
             }
         }
-        Ok(())
+        Ok(removed)
+    }
+
+    /// Snapshots that nobody makes or removes any more, and that are not whole.
+    pub(crate) fn abandoned_snapshots(&self, store: &Store) -> Result<Vec<SnapshotRow>> {
+        let mut abandoned = Vec::new();
+        for row in store.snapshots()? {
+            let is_held = match &row.holder {
+                Some(holder) => holder.is_alive()?,
+                None => false,
+            };
+            if row.state != SnapshotState::Ready && !is_held {
+                abandoned.push(row);
+            }
+        }
+        Ok(abandoned)
     }
 
     /// Directories of no snapshot: a row comes before its directory, and goes after it.

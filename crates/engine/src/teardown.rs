@@ -1,6 +1,8 @@
 //! Removing a sandbox, and repairing what a crash left. The rows say what there is; both read them
 //! backwards, and each step may be repeated.
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -225,6 +227,7 @@ pub(crate) fn reconcile_row(
         None => false,
     };
     if holder_alive {
+        check_ours(layout, row)?;
         return match is_out_of_reach(layout, store, row)? {
             true => Err(out_of_reach(layout, row)),
             false => Ok(false),
@@ -272,6 +275,55 @@ pub(crate) fn is_out_of_reach(layout: &Layout, store: &Store, row: &SandboxRow) 
         Some(holder) if row.holder.as_ref() == Some(holder) => Ok(holder.is_alive()?),
         _ => Ok(false),
     }
+}
+
+/// Requires that the keeper in the row is not another data directory's, of which this one is a copy: its
+/// machine, its network and its jail are not ours to end.
+pub(crate) fn check_ours(layout: &Layout, row: &SandboxRow) -> Result<()> {
+    let Some(holder) = &row.holder else {
+        return Ok(());
+    };
+    match keeper_elsewhere(&layout.sandbox(&row.id).launch_file(), &holder.arguments()?) {
+        None => Ok(()),
+        Some(file) => {
+            let name = called(row);
+            Err(Error::new(
+                ErrorKind::State,
+                format!(
+                    "sandbox `{name}` runs, but from {}, of which {} is a copy",
+                    root_of(&file).display(),
+                    layout.root().display()
+                ),
+            )
+            .hint(format!(
+                "end it there with `smolvm --data-dir {} rm {name}`, then this one is off and can be removed",
+                root_of(&file).display()
+            )))
+        }
+    }
+}
+
+/// The launch file by which a keeper was started, if it is the same sandbox's in another data directory.
+/// One that was moved is still ours, and so is one that is named by way of a link.
+fn keeper_elsewhere(ours: &Path, arguments: &[OsString]) -> Option<PathBuf> {
+    let end = |path: &Path| {
+        let dir = path.parent().and_then(Path::file_name);
+        Some((dir?.to_owned(), path.file_name()?.to_owned()))
+    };
+    let there = arguments
+        .iter()
+        .map(Path::new)
+        .find(|path| end(path) == end(ours))?;
+    if there == ours {
+        return None;
+    }
+    let (real, real_ours) = (there.canonicalize().ok()?, ours.canonicalize().ok()?);
+    (real != real_ours).then_some(real)
+}
+
+/// The data directory of a launch file.
+fn root_of(launch_file: &Path) -> &Path {
+    launch_file.ancestors().nth(3).unwrap_or(launch_file)
 }
 
 fn out_of_reach(layout: &Layout, row: &SandboxRow) -> Error {
@@ -323,7 +375,8 @@ fn end_vmm(row: &SandboxRow) -> Result<()> {
 }
 
 /// Ends a keeper that does not answer, and its machine.
-pub(crate) fn end_processes(row: &SandboxRow) -> Result<()> {
+pub(crate) fn end_processes(layout: &Layout, row: &SandboxRow) -> Result<()> {
+    check_ours(layout, row)?;
     if let Some(keeper) = &row.holder {
         if keeper.pid == i32::try_from(std::process::id()).unwrap_or(0) {
             return Err(Error::new(
@@ -343,6 +396,34 @@ pub(crate) fn end_processes(row: &SandboxRow) -> Result<()> {
 mod tests {
     use super::*;
     use crate::store::rows::tests::row;
+
+    #[test]
+    fn a_keeper_of_another_directory_is_known_by_its_launch_file() {
+        let home = tempfile::tempdir().expect("a directory");
+        let file = |root: &str| {
+            let dir = Layout::new(home.path().join(root)).sandbox("0123");
+            std::fs::create_dir_all(dir.path()).expect("a directory");
+            std::fs::write(dir.launch_file(), "").expect("a file");
+            dir.launch_file()
+        };
+        let (ours, original) = (file("copy"), file("original"));
+        let started = |path: &Path| vec!["smolvm-keeper".into(), path.into()];
+        assert_eq!(keeper_elsewhere(&ours, &started(&ours)), None);
+        let found = keeper_elsewhere(&ours, &started(&original)).expect("the original's");
+        assert_eq!(root_of(&found), home.path().join("original"));
+        // Whoever starts it has other arguments.
+        let starter = vec!["smolvm".into(), "start".into(), "a".into()];
+        assert_eq!(keeper_elsewhere(&ours, &starter), None);
+        std::os::unix::fs::symlink(home.path().join("copy"), home.path().join("link"))
+            .expect("a link");
+        let by_link = Layout::new(home.path().join("link")).sandbox("0123");
+        assert_eq!(
+            keeper_elsewhere(&ours, &started(&by_link.launch_file())),
+            None
+        );
+        std::fs::remove_file(&original).expect("moved");
+        assert_eq!(keeper_elsewhere(&ours, &started(&original)), None);
+    }
 
     #[test]
     fn a_row_is_judged_by_who_holds_it() {

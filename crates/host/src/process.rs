@@ -1,6 +1,6 @@
 //! Processes that are not our children, named so that a recycled number is never mistaken.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -60,6 +60,23 @@ impl ProcessIdentity {
     /// If `/proc` cannot be read.
     pub fn is_alive(&self) -> Result<bool, HostError> {
         Ok(self.same(read_stat(self.pid)?) && boot_id()? == self.boot_id)
+    }
+
+    /// The words it was started with (`/proc/<pid>/cmdline`); none if it has ended.
+    ///
+    /// # Errors
+    ///
+    /// If `/proc` cannot be read.
+    pub fn arguments(&self) -> Result<Vec<OsString>, HostError> {
+        let line = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        // Asked after that, so that the words are not those of another that has the number since.
+        if !self.is_alive()? {
+            return Ok(Vec::new());
+        }
+        let words = line.split(|byte| *byte == 0);
+        Ok(words
+            .map(|word| OsStr::from_bytes(word).to_owned())
+            .collect())
     }
 
     /// A descriptor of the process that becomes readable when it ends, or `None` if it has ended.

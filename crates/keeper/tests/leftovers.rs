@@ -276,3 +276,97 @@ async fn an_image_that_is_gone_is_named() {
     engine.remove_snapshot("s").expect("removed");
     home.assert_clean("after an image came back");
 }
+
+/// A command in a copy of the data directory ends nothing of the original's.
+#[tokio::test]
+async fn a_copy_of_the_data_directory_lets_the_originals_machines_be() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    let copy = home.path("copy");
+    let copied = std::process::Command::new("cp")
+        .args([
+            std::ffi::OsStr::new("-a"),
+            home.layout().root().as_os_str(),
+            copy.as_os_str(),
+        ])
+        .status();
+    assert!(copied.expect("cp").success());
+    let there = Engine::new(Config {
+        data_dir: copy.clone(),
+        ..home.config()
+    });
+
+    let shown = there.info("a").expect("a row");
+    let expected = format!(
+        "sandbox `a` runs, but from {}, of which {} is a copy",
+        home.layout().root().display(),
+        copy.display()
+    );
+    assert_eq!(shown.state, State::Error);
+    assert_eq!(shown.reason.as_deref(), Some(&*expected));
+    let stopped = there.stop("a", Duration::ZERO).await.map(drop);
+    for failed in [
+        stopped,
+        there.delete("a").await,
+        there.start("a").await.map(drop),
+    ] {
+        assert_eq!(failed.expect_err("the original's").in_one_line(), expected);
+    }
+    there.prune(false, true).await.expect("pruned");
+    assert_eq!(engine.info("a").expect("untouched").state, State::Running);
+    let session = engine.connect("a").await.expect("it answers");
+    assert_eq!(output(&session, &["hello"]).await.expect("said"), "hello");
+
+    engine.delete("a").await.expect("deleted");
+    home.wait_for_removals();
+    assert_eq!(there.info("a").expect("a row").state, State::Error);
+    there.delete("a").await.expect("deleted");
+    assert!(there.list().expect("a list").is_empty());
+    home.assert_clean("after the original's end");
+}
+
+/// Refuses to remove snapshots' directories.
+#[derive(Debug)]
+struct Stuck;
+
+impl smolvm_host::os::Faults for Stuck {
+    fn before(&self, op: &'static str, _path: &std::path::Path) -> std::io::Result<()> {
+        match op {
+            "remove the snapshot's directory" => Err(std::io::ErrorKind::PermissionDenied.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A snapshot that cannot be removed keeps nobody from the others, and goes when it can.
+#[tokio::test]
+async fn a_snapshot_that_cannot_be_removed_is_tried_again() {
+    let home = Home::new();
+    let engine = home.engine();
+    engine.create(&spec("a")).expect("created");
+    engine.start("a").await.expect("started");
+    for name in ["s", "t"] {
+        engine.snapshot("a", Some(name)).await.expect("a snapshot");
+    }
+    engine.delete("a").await.expect("deleted");
+    let os = smolvm_host::os::Os::with_faults(std::sync::Arc::new(Stuck));
+    let stuck = Engine::with_os(home.config(), os);
+    for _ in 0..2 {
+        let error = stuck.remove_snapshot("s").expect_err("stuck");
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error:?}");
+    }
+    let names = |engine: &Engine| -> Vec<_> {
+        let snapshots = engine.snapshots().expect("a list");
+        snapshots.into_iter().map(|it| it.name).collect()
+    };
+    assert_eq!(names(&stuck), ["t"]);
+    let pruned = stuck.prune(false, false).await.expect("pruned").pruned;
+    assert_eq!(paths(&pruned), Vec::<&str>::new());
+    let would = engine.prune(true, false).await.expect("a dry run").pruned;
+    let pruned = engine.prune(false, false).await.expect("pruned").pruned;
+    assert_eq!((pruned.len(), &pruned), (1, &would));
+    engine.remove_snapshot("t").expect("removed");
+    home.assert_clean("after both are gone");
+}
