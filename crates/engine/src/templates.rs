@@ -441,8 +441,9 @@ fn not_built(output: &Output, place: &Path) -> Error {
     let because = match said.is_empty() {
         true => {
             let log = String::from_utf8_lossy(&output.stderr);
-            let last = log.trim().lines().next_back().unwrap_or_default();
-            format!("its builder ended with {}, saying: {last}", output.status)
+            let last = log.trim().lines().next_back();
+            let saying = last.map_or(String::new(), |last| format!(", saying: {last}"));
+            format!("its builder ended with {}{saying}", output.status)
         }
         false => said,
     };
@@ -742,7 +743,7 @@ impl Engine {
     fn why_stale(&self, store: &mut Store, found: &Found) -> Result<Option<String>> {
         let stale = |why: &str| Ok(Some(why.to_owned()));
         let Some(known) = &found.ingredients else {
-            return stale("another release made it");
+            return stale("another release made it, or its description cannot be read");
         };
         let purpose = &known.purpose;
         // Before anything is measured: after a boot nothing of it would be true.
@@ -936,6 +937,8 @@ mod tests {
         // Killed before it could say anything.
         let error = ended(101, "", log).in_one_line();
         assert!(error.ends_with("exit status: 101, saying: 2026 ERROR it cannot"));
+        let error = ended(101, "", "").in_one_line();
+        assert!(error.ends_with("exit status: 101"), "{error}");
     }
 
     #[test]

@@ -15,8 +15,8 @@ pub(crate) struct Args {
     /// Also those that do not run
     #[arg(short, long)]
     all: bool,
-    /// Only those in this state
-    #[arg(long, value_name = "STATE", conflicts_with = "all")]
+    /// Only those in this state, running or not
+    #[arg(long, value_name = "STATE")]
     #[arg(value_parser = PossibleValuesParser::new(
         ["created", "starting", "running", "paused", "stopping", "stopped", "error"]
     ))]

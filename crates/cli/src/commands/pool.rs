@@ -98,8 +98,8 @@ pub(crate) fn set(args: &SetArgs, cx: &Context) -> Result<Outcome, CliError> {
         meter.finish();
         if matches!(filled, Err(CliError::Interrupted)) && args.size > 0 {
             cx.out.status(&format!(
-                "the pool has {last} of {} members; the rest is made in the background when one is \
-                 next asked for",
+                "the pool has {last} of {} members, and one more may be on its way; the rest is made in \
+                 the background when one is next asked for",
                 args.size
             ));
         }
