@@ -35,7 +35,7 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
         set_clock(request.wall_clock_ns)?;
         add_entropy(&request.entropy)?;
         if request.same != Some(true) {
-            become_another(&request.hostname)?;
+            become_another(&request.hostname, request.machine_id.as_deref())?;
         }
         if let Some(network) = &request.network {
             network::configure(network)?;
@@ -53,7 +53,7 @@ pub(crate) fn birth(agent: &Agent, request: &Birth) -> Result<Last, Failure> {
 }
 
 /// Name and identifiers, and word of them to whoever watches.
-fn become_another(name: &str) -> Result<(), Failure> {
+fn become_another(name: &str, machine_id: Option<&str>) -> Result<(), Failure> {
     rustix::system::sethostname(name.as_bytes())
         .map_err(|errno| from_errno("setting the host name", errno))?;
     write("/etc/hostname", &format!("{name}\n"))?;
@@ -65,7 +65,11 @@ fn become_another(name: &str) -> Result<(), Failure> {
         write("/etc/hosts", &new)?;
     }
     if Path::new(MACHINE_ID).exists() {
-        write(MACHINE_ID, &format!("{}\n", random_id()?))?;
+        let id = match machine_id {
+            Some(id) => id.to_owned(),
+            None => random_id()?,
+        };
+        write(MACHINE_ID, &format!("{id}\n"))?;
     }
     // Programs that keep randomness of their own cannot be told otherwise: the kernel's generator is
     // renewed above, theirs is a copy of another machine's. Whoever watches this file (inotify(7))

@@ -27,6 +27,7 @@ use smolvm_engine::teardown;
 use smolvm_engine::{Error, ErrorKind, NetworkSpec, PublishedPort, VolumeLaunch};
 use smolvm_host::ProcessIdentity;
 use smolvm_host::net::user::HostSide;
+use smolvm_host::oci::Digest;
 use smolvm_host::os::Os;
 use smolvm_host::process::waited_for_processor;
 use smolvm_proto::keeper::{
@@ -686,6 +687,7 @@ impl Driver {
             },
             volumes: (!same && !self.launch.volumes.is_empty())
                 .then(|| self.launch.volumes.iter().map(volume).collect()),
+            machine_id: Some(machine_id(&self.launch.id)),
         })
     }
 
@@ -1339,6 +1341,14 @@ pub(crate) fn watch_starter(
         })
         .map(|_| ())
         .map_err(|error| KeeperError::io("watch the process that started the sandbox", error))
+}
+
+/// The machine-id(5) of a sandbox: the same at each of its starts, and no other's. That page asks that such
+/// an identifier be not told as it is, so it is a digest of ours.
+fn machine_id(sandbox: &str) -> String {
+    let mut id = Digest::of(format!("machine-id of sandbox {sandbox}").as_bytes()).hex();
+    id.truncate(32);
+    id
 }
 
 /// A volume as the guest is told of it.

@@ -261,6 +261,9 @@ pub struct Birth {
     /// Disks to mount before anything else happens. None if absent.
     #[n(8)]
     pub volumes: Option<Vec<Volume>>,
+    /// Its machine-id(5), 32 hexadecimal digits; a random one if absent.
+    #[n(9)]
+    pub machine_id: Option<String>,
 }
 
 /// A disk that is mounted beside the root file system.

@@ -178,6 +178,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         same: None,
         network: None,
         volumes: None,
+        machine_id: None,
     };
     let network = Network {
         address: [172, 16, 0, 2].into(),
@@ -248,6 +249,10 @@ fn requests() -> Vec<(&'static str, Request)> {
             }]),
             ..birth.clone()
         }),
+        Request::Birth(Birth {
+            machine_id: Some("0123456789abcdef0123456789abcdef".to_owned()),
+            ..birth.clone()
+        }),
         Request::Birth(birth),
         Request::Shutdown(ShutdownRequest { grace_ms: 10_000 }),
         Request::Ping,
@@ -289,6 +294,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         Request::List(_) => "request.list",
         Request::Facts => "request.facts",
         Request::Birth(birth) if birth.same.is_some() => "request.birth.same",
+        Request::Birth(birth) if birth.machine_id.is_some() => "request.birth.machine-id",
         Request::Birth(birth) if birth.volumes.is_some() => "request.birth.volumes",
         Request::Birth(birth) if birth.network.is_some() => "request.birth.network",
         Request::Birth(birth) if birth.user.is_some() => "request.birth.full",
@@ -769,7 +775,7 @@ fn a_field_this_version_does_not_know_is_skipped() {
     for (_, request) in requests() {
         match request {
             Request::Exec(exec) if exec.program.is_some() => skips_a_field_more(&exec),
-            Request::Birth(birth) if birth.volumes.is_some() => skips_a_field_more(&birth),
+            Request::Birth(birth) if birth.machine_id.is_some() => skips_a_field_more(&birth),
             Request::Extract(extract) if extract.file.is_some() => skips_a_field_more(&extract),
             _ => {}
         }

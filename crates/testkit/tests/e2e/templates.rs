@@ -45,6 +45,20 @@ fn templates_in(dir: &Path) -> (usize, Vec<String>) {
 }
 
 #[test]
+fn a_sandbox_is_the_same_machine_at_each_start() {
+    let home = Home::new(2);
+    let id = |name: &str| home.sh(name, "cat /etc/machine-id");
+    home.create("box", &[]);
+    let first = id("box");
+    assert_eq!(first.trim_end().len(), 32, "{first}");
+    home.smolvm(["stop", "box"]).run().ok();
+    home.smolvm(["start", "box"]).run().ok();
+    assert_eq!(id("box"), first);
+    home.smolvm(["fork", "box"]).run().ok();
+    assert_ne!(id("box-1"), first);
+}
+
+#[test]
 fn sandboxes_from_one_template_differ_where_they_must() {
     let home = Home::new(3);
     let names = ["one", "two", "three"];
