@@ -626,6 +626,7 @@ impl Engine {
         }
         let id = format!("{:016x}", random_u64()?);
         let mut spec = spec.clone();
+        mounts::without_links(&mut spec.mounts);
         if !spec.ports.is_empty() {
             // What a crash left must not keep its ports.
             teardown::reconcile(self.os(), self.layout(), store)?;
@@ -898,6 +899,7 @@ impl Engine {
         let volumes = self.volume_launches(store, row)?;
         if !row.spec.mounts.is_empty() {
             mounts::check_mounts(&row.spec.name, &row.spec.mounts)?;
+            mounts::refuse_links(&row.spec.name, &row.spec.mounts)?;
             let kernel = self.assets().kernel(&row.kernel)?.ok_or_else(no_kernel)?;
             refuse_without_mounts(&kernel)?;
         }

@@ -99,6 +99,37 @@ pub(crate) fn check(mounts: &[Mount], volumes: &[VolumeUse]) -> Result<()> {
     Ok(())
 }
 
+/// The sources as they are without links. What is not there stays as it is, and is refused at a start.
+pub(crate) fn without_links(mounts: &mut [Mount]) {
+    for mount in mounts {
+        if let Ok(path) = mount.source.canonicalize() {
+            mount.source = path;
+        }
+    }
+}
+
+/// Refuses a path into which a link has come since the sandbox was made, as by a guest that may write to a
+/// directory above. [`smolvm_host::share::Share::open`] makes sure of it; here the reason can be told.
+pub(crate) fn refuse_links(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
+    for mount in mounts {
+        if let Ok(path) = mount.source.canonicalize()
+            && path != mount.source
+        {
+            let source = mount.source.display();
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("could not mount {source} in sandbox `{name}`"),
+            )
+            .because(format!(
+                "there is a link in its path, which leads to {}, and was not there when the sandbox was made",
+                path.display()
+            ))
+            .hint("remove the link, or make the sandbox anew with the directory that is meant"));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses what is no directory at this moment.
 ///
 /// # Errors
@@ -172,6 +203,25 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{text}");
             assert!(error.hint_text().is_some(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_link_that_came_later_is_refused() {
+        let home = tempfile::tempdir().expect("a directory");
+        let root = home.path().canonicalize().expect("its path");
+        let (name, there) = ("a".parse().expect("a name"), root.join("there"));
+        std::fs::create_dir(&there).expect("a directory");
+        std::os::unix::fs::symlink(&there, root.join("link")).expect("a link");
+        let mut mounts = vec![Mount {
+            source: root.join("link"),
+            target: "/srv".to_owned(),
+            read_only: false,
+        }];
+        let error = refuse_links(&name, &mounts).expect_err("a link");
+        assert!(error.in_one_line().contains("leads to"), "{error:?}");
+        without_links(&mut mounts);
+        assert_eq!(mounts[0].source, there);
+        refuse_links(&name, &mounts).expect("no link");
     }
 
     #[test]

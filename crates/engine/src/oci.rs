@@ -689,6 +689,14 @@ impl Engine {
                 format!("{} is no name for a file", path.display()),
             ));
         };
+        // A device, say, would be replaced by a file.
+        if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{} is there and is no regular file", path.display()),
+            )
+            .hint("name another file, or redirect standard output into this one"));
+        }
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(".partial");

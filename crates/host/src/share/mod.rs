@@ -24,6 +24,7 @@ mod tests;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -33,7 +34,7 @@ use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
     SeekFrom, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use rustix::process::{Gid, Uid};
 
 use self::wire::{Header, Reader, Writer, fattr, op};
@@ -93,15 +94,16 @@ struct Node {
 }
 
 impl Share {
-    /// Opens a directory to be served.
+    /// Opens a directory to be served. No part of its path may be a link: a guest that may write to a
+    /// directory above it could have put one there since the path was named.
     ///
     /// # Errors
     ///
-    /// Those of open(2); [`NotADirectory`](io::ErrorKind::NotADirectory).
+    /// Those of openat2(2); [`NotADirectory`](io::ErrorKind::NotADirectory).
     pub fn open(os: &Os, source: &Path, options: ShareOptions) -> Result<Self, HostError> {
         os.effect("open the directory to share", source, || {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let fd = rustix::fs::open(source, flags, Mode::empty())?;
+            let fd = rustix::fs::openat2(CWD, source, flags, Mode::empty(), WITHOUT_LINKS)?;
             let status = rustix::fs::fstat(&fd)?;
             let owner = if rustix::process::geteuid().is_root() {
                 (Uid::from_raw(status.st_uid), Gid::from_raw(status.st_gid))
@@ -610,11 +612,22 @@ impl Share {
         let file = self.handle(reader.u64()?)?;
         let offset = reader.u64()?;
         let size = reader.u32()? as usize;
-        reader.skip(20)?;
+        let write_flags = reader.u32()?;
+        reader.skip(8)?;
+        let flags = OFlags::from_bits_retain(reader.u32()?);
+        reader.skip(4)?;
         let bytes = reader.take(size)?;
+        // The guest's idea of where the end is may be old, and others append as well. Not so for a page
+        // that was mapped: that one has its place.
+        let appends = flags.contains(OFlags::APPEND) && write_flags & wire::WRITE_CACHE == 0;
+        let how = match appends {
+            true => ReadWriteFlags::APPEND,
+            false => ReadWriteFlags::empty(),
+        };
         let mut done = 0;
         while done < bytes.len() {
-            match rustix::io::pwrite(file, &bytes[done..], offset + done as u64) {
+            let rest = [IoSlice::new(&bytes[done..])];
+            match rustix::io::pwritev2(file, &rest, offset + done as u64, how) {
                 Ok(count) => done += count,
                 Err(Errno::INTR) => {}
                 // What was written counts; the next request says what is wrong.
@@ -673,9 +686,8 @@ impl Share {
 }
 
 /// How a name is looked for: in its directory and nowhere else.
-const WITHIN: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
+const WITHIN: ResolveFlags = ResolveFlags::BENEATH.union(WITHOUT_LINKS);
+const WITHOUT_LINKS: ResolveFlags = ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS);
 
 /// Modes of opening in which a file may be written to.
 const WRITES: OFlags = OFlags::WRONLY.union(OFlags::RDWR);
@@ -723,8 +735,8 @@ fn init(reader: &mut Reader<'_>, out: &mut Writer) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Which of the flags of an open(2) in the guest count here. Not `O_APPEND`: the guest's kernel says where
-/// each write goes, also that of a page it has mapped, and pwrite(2) would put it at the end.
+/// Which of the flags of an open(2) in the guest count here. Not `O_APPEND`: each write says whether it
+/// appends, and that of a page which the guest has mapped does not (pwritev2(2), `RWF_APPEND`).
 fn access(flags: u32) -> OFlags {
     (OFlags::from_bits_retain(flags) & OFlags::RWMODE) | OFlags::CLOEXEC
 }

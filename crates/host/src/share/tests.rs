@@ -76,10 +76,22 @@ impl Place {
     }
 
     fn write(&mut self, node: u64, handle: u64, offset: u64, bytes: &[u8]) -> Outcome {
+        self.write_as(node, handle, offset, bytes, (0, OFlags::empty()))
+    }
+
+    /// As `write`, with the request's own flags and those of the open file.
+    fn write_as(
+        &mut self,
+        node: u64,
+        handle: u64,
+        offset: u64,
+        bytes: &[u8],
+        (write_flags, flags): (u32, OFlags),
+    ) -> Outcome {
         let mut body = handle.to_ne_bytes().to_vec();
         body.extend(offset.to_ne_bytes());
         let length = u32::try_from(bytes.len()).expect("short");
-        body.extend(words(&[length, 0, 0, 0, 0, 0]));
+        body.extend(words(&[length, write_flags, 0, 0, flags.bits(), 0]));
         body.extend(bytes);
         self.ask(op::WRITE, node, &body)
     }
@@ -126,12 +138,23 @@ fn files_are_read_and_written() {
         .open(file, OFlags::RDWR | OFlags::APPEND)
         .expect("opened");
     assert_eq!(place.read(file, handle).as_deref(), Ok(&b"content"[..]));
-    // Where the guest's kernel says, also in a file that was opened to append.
-    place.write(file, handle, 1, b"xx").expect("written");
-    assert_eq!(
-        fs::read(place.shared.join("file")).expect("read"),
-        b"cxxtent"
-    );
+    // A page that was mapped has its place, also in a file that was opened to append.
+    let append = OFlags::RDWR | OFlags::APPEND;
+    let page = (wire::WRITE_CACHE, append);
+    place
+        .write_as(file, handle, 1, b"xx", page)
+        .expect("written");
+    let content = |place: &Place| fs::read(place.shared.join("file")).expect("read");
+    assert_eq!(content(&place), b"cxxtent");
+    // What is appended is behind what somebody else has appended, of which the guest does not know.
+    let somebody = fs::File::options()
+        .append(true)
+        .open(place.shared.join("file"));
+    std::io::Write::write_all(&mut somebody.expect("opened"), b" theirs").expect("written");
+    place
+        .write_as(file, handle, 7, b" ours", (0, append))
+        .expect("written");
+    assert_eq!(content(&place), b"cxxtent theirs ours");
     let release = [handle.to_ne_bytes().to_vec(), vec![0; 16]].concat();
     place.ask(op::RELEASE, file, &release).expect("closed");
     assert_eq!(place.read(file, handle), Err(Errno::BADF));
@@ -151,6 +174,30 @@ fn files_are_read_and_written() {
         .expect("removed");
     // As long as it is open it is there.
     assert_eq!(place.read(node, handle).as_deref(), Ok(&b"words"[..]));
+}
+
+#[test]
+fn no_link_leads_to_what_is_shared() {
+    let place = Place::new(false);
+    let link = place.shared.with_file_name("link");
+    std::os::unix::fs::symlink(&place.shared, &link).expect("a link");
+    let open = |path: &Path| {
+        let options = ShareOptions {
+            read_only: true,
+            guest_owner: (0, 0),
+            files_max: 64,
+        };
+        Share::open(&Os::new(), path, options).map(drop)
+    };
+    open(&place.shared).expect("no link");
+    fs::create_dir(place.shared.join("sub")).expect("a directory");
+    for path in [link.clone(), link.join("sub")] {
+        let error = open(&path).expect_err("a link");
+        assert!(
+            error.to_string().contains("open the directory to share"),
+            "{error}"
+        );
+    }
 }
 
 #[test]

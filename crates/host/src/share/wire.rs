@@ -58,6 +58,9 @@ pub(super) const INIT_FLAGS: u32 =
 /// What of an open file is answered: its cached pages may stay.
 pub(super) const KEEP_CACHE: u32 = 1 << 1;
 
+/// A write of the guest's page cache, in `struct fuse_write_in` (`FUSE_WRITE_CACHE`).
+pub(super) const WRITE_CACHE: u32 = 1;
+
 /// What is to be changed, in `struct fuse_setattr_in`.
 pub(super) mod fattr {
     pub(in super::super) const MODE: u32 = 1;

@@ -1,6 +1,7 @@
 //! Directories of the host in a sandbox.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
@@ -85,6 +86,20 @@ fn a_directory_is_read_and_written_as_was_asked_and_nothing_beside_it() {
     let seen = "cd '/srv/a b/shared/d'; for _ in $(seq 100); do grep -q changed from-host && break; \
                 sleep 0.1; done; cat from-host";
     assert_eq!(home.sh("box", seen), "changed\n");
+
+    // Who appends is behind whoever did before, in the guest or here.
+    for number in 1..=3 {
+        home.sh(
+            "box",
+            &format!("echo guest{number} >> '/srv/a b/shared/log'"),
+        );
+        let log = fs::File::options().append(true).open(shared.join("log"));
+        writeln!(log.expect("made in the guest"), "host{number}").expect("appended");
+    }
+    assert_eq!(
+        fs::read_to_string(shared.join("log")).expect("there"),
+        "guest1\nhost1\nguest2\nhost2\nguest3\nhost3\n"
+    );
 
     // Much, and through mapped pages.
     let large = "
@@ -203,6 +218,13 @@ fn directories_that_cannot_be_mounted_are_refused_before_anything_is_made() {
         .run()
         .expect(1)
         .complains_of(&["could not mount", "it is not there"]);
+    // Nor where a link has come into its path, as a guest could put one there that may write above.
+    symlink("/etc", &gone).expect("a link");
+    home.smolvm(["start", "box"])
+        .run()
+        .expect(2)
+        .complains_of(&["could not mount", "leads to /etc"]);
+    fs::remove_file(&gone).expect("removed");
     fs::create_dir(&gone).expect("made");
     home.smolvm(["start", "box"]).run().ok();
     home.rm(&["box"]);

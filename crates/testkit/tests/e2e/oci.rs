@@ -126,6 +126,10 @@ fn an_image_without_bash_and_one_without_anything_run_as_they_say() {
 fn a_debian_image_goes_out_and_comes_back() {
     let home = Home::new(1);
     let archive = home.scratch().join("debian.tar");
+    home.smolvm(["image", "save", "debian-12", "-o", "/dev/null"])
+        .run()
+        .expect(2)
+        .complains_of(&["/dev/null is there and is no regular file"]);
     home.smolvm(["image", "save", "debian-12", "-o"])
         .args([&archive])
         .run()

@@ -56,6 +56,7 @@ fn a_sandbox_is_the_same_machine_at_each_start() {
     assert_eq!(id("box"), first);
     home.smolvm(["fork", "box"]).run().ok();
     assert_ne!(id("box-1"), first);
+    home.smolvm(["rm", "box", "box-1"]).run().ok();
 }
 
 #[test]
