@@ -106,17 +106,17 @@ fn a_pool_that_is_empty_is_a_miss_and_is_filled_again() {
         process.wait(&line);
     }
     assert_eq!(pool(&home)["ready"], 1);
-    // A member whose keeper died is replaced.
+    // A member whose keeper died is replaced. Those of the two commands may still be taking away.
     let keepers = processes_mentioning(&home.data().join("sandboxes"));
     let keepers: Vec<_> = keepers
         .iter()
         .filter(|(_, line)| line.contains("smolvm-keeper"))
         .collect();
-    let [(keeper, line)] = &keepers[..] else {
-        panic!("not one member: {keepers:?}");
-    };
-    keeper.signal(Signal::KILL);
-    keeper.wait(line);
+    assert!(!keepers.is_empty(), "a member has one");
+    for (keeper, line) in keepers {
+        keeper.signal(Signal::KILL);
+        keeper.wait(line);
+    }
     home.smolvm(["pool", "set", "--size", "1"]).run().ok();
     assert_eq!(pool(&home)["ready"], 1);
     home.smolvm(["run", "--", "true"]).run().ok();
