@@ -115,19 +115,25 @@ pub(crate) fn refuse_links(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
         if let Ok(path) = mount.source.canonicalize()
             && path != mount.source
         {
-            let source = mount.source.display();
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("could not mount {source} in sandbox `{name}`"),
-            )
-            .because(format!(
+            let why = format!(
                 "there is a link in its path, which leads to {}, and was not there when the sandbox was made",
                 path.display()
-            ))
-            .hint("remove the link, or make the sandbox anew with the directory that is meant"));
+            );
+            return Err(not_mounted(name, mount, ErrorKind::InvalidInput, why).hint(
+                "remove the link, or make the sandbox anew with the directory that is meant",
+            ));
         }
     }
     Ok(())
+}
+
+fn not_mounted(name: &SandboxName, mount: &Mount, kind: ErrorKind, why: String) -> Error {
+    let source = mount.source.display();
+    Error::new(
+        kind,
+        format!("could not mount {source} in sandbox `{name}`"),
+    )
+    .because(why)
 }
 
 /// Refuses what is no directory at this moment.
@@ -137,14 +143,10 @@ pub(crate) fn refuse_links(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
 /// [`ErrorKind::NotFound`], [`ErrorKind::InvalidInput`], [`ErrorKind::PermissionDenied`].
 pub fn check_mounts(name: &SandboxName, mounts: &[Mount]) -> Result<()> {
     for mount in mounts {
-        let source = mount.source.display();
         let refuse = |kind, why: String| {
-            Err(Error::new(
-                kind,
-                format!("could not mount {source} in sandbox `{name}`"),
-            )
-            .because(why)
-            .hint("give -v a directory of this host that you may read, such as \"$PWD\":/shared"))
+            Err(not_mounted(name, mount, kind, why).hint(
+                "give -v a directory of this host that you may read, such as \"$PWD\":/shared",
+            ))
         };
         match std::fs::metadata(&mount.source) {
             Ok(metadata) if metadata.is_dir() => {}

@@ -387,9 +387,7 @@ impl Engine {
         loop {
             let found = pool_like(store, wanted)?;
             let id = found.as_ref().map_or(&wanted.id, |found| &found.id);
-            let lock = self
-                .os()
-                .lock("lock the pool", &self.pool_file_for_lock(id)?)?;
+            let lock = self.lock_pool(id)?;
             // Whoever had the lock may have changed the pool, or removed it; and where there was none,
             // somebody else may have made one.
             let kept = match &found {
@@ -414,9 +412,7 @@ impl Engine {
             size: 0,
             ..wanted
         })?;
-        let lock = self
-            .os()
-            .lock("lock the pool", &self.pool_file_for_lock(&id)?)?;
+        let lock = self.lock_pool(&id)?;
         self.remove_locked(store, &id, lock).await
     }
 
@@ -450,7 +446,7 @@ impl Engine {
                 continue;
             }
             // Somebody may be about to make it. What nobody ever locked has no such file, and gets none.
-            let free = !lock.exists() || self.os().try_lock("lock the pool", &lock)?.is_some();
+            let free = !lock.exists() || self.try_lock_pool(&id)?.is_some();
             if free && pool_with(store, &id)?.is_none() {
                 strays.push(path);
             }
@@ -458,6 +454,18 @@ impl Engine {
         // The lock last.
         strays.sort_by_key(|path| path.extension().is_some_and(|kind| kind == "lock"));
         Ok(strays)
+    }
+
+    fn lock_pool(&self, id: &str) -> Result<Lock> {
+        Ok(self
+            .os()
+            .lock("lock the pool", &self.pool_file_for_lock(id)?)?)
+    }
+
+    fn try_lock_pool(&self, id: &str) -> Result<Option<Lock>> {
+        Ok(self
+            .os()
+            .try_lock("lock the pool", &self.pool_file_for_lock(id)?)?)
     }
 
     fn pool_file_for_lock(&self, id: &str) -> Result<PathBuf> {
@@ -487,8 +495,7 @@ impl Engine {
     /// What a member did not start for; it is recorded with the pool.
     pub async fn fill_pool(&self, id: &str) -> Result<()> {
         loop {
-            let path = self.pool_file_for_lock(id)?;
-            let Some(lock) = self.os().try_lock("lock the pool", &path)? else {
+            let Some(lock) = self.try_lock_pool(id)? else {
                 return Ok(());
             };
             if pool_with(&self.store()?, id)?.is_none() {
@@ -592,8 +599,7 @@ impl Engine {
     /// is no concern of the sandbox that was just started: it is recorded with the pool.
     fn fill_in_background(&self, store: &Store, id: &str) {
         let started = self.lacks(store, id).and_then(|lacks| {
-            let path = self.pool_file_for_lock(id)?;
-            if lacks == 0 || self.os().try_lock("lock the pool", &path)?.is_none() {
+            if lacks == 0 || self.try_lock_pool(id)?.is_none() {
                 return Ok(());
             }
             let log = self

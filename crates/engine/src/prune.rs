@@ -95,21 +95,15 @@ impl Engine {
         let used = self.prune_sandboxes(&store, dry_run, &mut report)?;
         self.prune_members(&mut store, &rows, dry_run, &mut report)
             .await?;
-        let abandoned = self.abandoned_snapshots(&store)?;
-        let mut abandoned: Vec<_> = abandoned
-            .iter()
-            .map(|row| leftover(&self.layout().snapshots().join(&row.id)))
-            .collect();
+        for row in self.abandoned_snapshots(&store)? {
+            let left = leftover(&self.snapshot_dir(&row.id));
+            if dry_run || self.remove_abandoned(&mut store, &row) {
+                report.pruned.push(left);
+            }
+        }
         if !dry_run {
             self.reconcile_volumes(&mut store)?;
-            let removed = self.reconcile_snapshots(&mut store)?;
-            abandoned.retain(|it| {
-                removed
-                    .iter()
-                    .any(|path| path.display().to_string() == it.name)
-            });
         }
-        report.pruned.extend(abandoned);
         let mut strays = self.stray_volumes(&store)?;
         strays.extend(self.stray_snapshots(&store)?);
         strays.extend(self.stray_pool_files(&store)?);

@@ -703,7 +703,7 @@ impl Engine {
         Ok(paused)
     }
 
-    fn snapshot_dir(&self, id: &str) -> PathBuf {
+    pub(crate) fn snapshot_dir(&self, id: &str) -> PathBuf {
         self.layout().snapshots().join(id)
     }
 
@@ -716,21 +716,26 @@ impl Engine {
         store.delete_snapshot(id)
     }
 
-    /// Removes what processes that are gone left half made or half removed, and says what that was. What
-    /// cannot be removed keeps nobody from the others: it is warned of, and tried again each time.
-    pub(crate) fn reconcile_snapshots(&self, store: &mut Store) -> Result<Vec<PathBuf>> {
-        let mut removed = Vec::new();
+    /// Removes what processes that are gone left half made or half removed.
+    pub(crate) fn reconcile_snapshots(&self, store: &mut Store) -> Result<()> {
         for row in self.abandoned_snapshots(store)? {
-            match self.destroy_snapshot(store, &row.id) {
-                Ok(()) => removed.push(self.snapshot_dir(&row.id)),
-                Err(error) => tracing::warn!(
-                    "could not remove what is left of snapshot `{}`: {}",
-                    row.name,
-                    error.in_one_line()
-                ),
-            }
+            self.remove_abandoned(store, &row);
         }
-        Ok(removed)
+        Ok(())
+    }
+
+    /// Says whether it could. What cannot be removed keeps nobody from the others: it is warned of, and
+    /// tried again each time.
+    pub(crate) fn remove_abandoned(&self, store: &mut Store, row: &SnapshotRow) -> bool {
+        let removed = self.destroy_snapshot(store, &row.id);
+        if let Err(error) = &removed {
+            tracing::warn!(
+                "could not remove what is left of snapshot `{}`: {}",
+                row.name,
+                error.in_one_line()
+            );
+        }
+        removed.is_ok()
     }
 
     /// Snapshots that nobody makes or removes any more, and that are not whole.

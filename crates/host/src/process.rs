@@ -62,21 +62,11 @@ impl ProcessIdentity {
         Ok(self.same(read_stat(self.pid)?) && boot_id()? == self.boot_id)
     }
 
-    /// The words it was started with (`/proc/<pid>/cmdline`); none if it has ended.
-    ///
-    /// # Errors
-    ///
-    /// If `/proc` cannot be read.
-    pub fn arguments(&self) -> Result<Vec<OsString>, HostError> {
-        let line = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
-        // Asked after that, so that the words are not those of another that has the number since.
-        if !self.is_alive()? {
-            return Ok(Vec::new());
-        }
-        let words = line.split(|byte| *byte == 0);
-        Ok(words
-            .map(|word| OsStr::from_bytes(word).to_owned())
-            .collect())
+    /// The words with which whoever has the number now was started; none if nobody has it. They are this
+    /// process's if it is alive after that.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<OsString> {
+        command_line(&self.pid.to_string()).unwrap_or_default()
     }
 
     /// A descriptor of the process that becomes readable when it ends, or `None` if it has ended.
@@ -186,18 +176,24 @@ pub fn with_argument(argument: &OsStr) -> Result<Vec<u32>, HostError> {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
             continue;
         };
-        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
+        let Ok(words) = command_line(&pid.to_string()) else {
             continue;
         };
-        if line
-            .split(|byte| *byte == 0)
-            .any(|word| word == argument.as_bytes())
-        {
+        if words.iter().any(|word| word == argument) {
             found.push(pid);
         }
     }
     found.sort_unstable();
     Ok(found)
+}
+
+/// The words of `/proc/<pid>/cmdline`, proc_pid_cmdline(5).
+fn command_line(pid: &str) -> io::Result<Vec<OsString>> {
+    let line = fs::read(format!("/proc/{pid}/cmdline"))?;
+    let words = line.split(|byte| *byte == 0);
+    Ok(words
+        .map(|word| OsStr::from_bytes(word).to_owned())
+        .collect())
 }
 
 /// Waits until `fd` is readable; `false` if `timeout` passes first.

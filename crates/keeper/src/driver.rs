@@ -687,7 +687,7 @@ impl Driver {
             },
             volumes: (!same && !self.launch.volumes.is_empty())
                 .then(|| self.launch.volumes.iter().map(volume).collect()),
-            machine_id: Some(machine_id(&self.launch.id)),
+            machine_id: (!same).then(|| machine_id(&self.launch.id)),
         })
     }
 

@@ -23,8 +23,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::io;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
